@@ -1,0 +1,1 @@
+"""Attention over exact tokens and folded entries. `reference` is the ground truth."""

@@ -1,0 +1,1 @@
+"""Pure functions on tensors: decisions, merging, schedules, accounting. Imports nothing above it."""

@@ -1,0 +1,1 @@
+"""Folding Hugging Face models: fold, unfold, folded; families; saving and loading."""
