@@ -7,15 +7,14 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from cachefold.attention import blocked, reference
-from cachefold.cache import FoldedCache
+from cachefold.cache import FoldedCache, FoldedLayer, Stream
 from cachefold.core.decisions import RELAXATIONS, Decisions, constrain, harden, relax
 from cachefold.core.merging import running_means
 from cachefold.core.rotary import rotate
@@ -73,19 +72,20 @@ class FoldedAttention:
     ) -> tuple[Tensor, Tensor | None]:
         """As the family's forward, with keys and values folded as the policy decides."""
         run = fold_run or FoldRun()
+        original = functools.partial(
+            super().forward,  # type: ignore[misc]
+            hidden_states,
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            **kwargs,
+        )
         if run.mode == "dense":
-            return super().forward(  # type: ignore[misc]
-                hidden_states,
-                position_embeddings=position_embeddings,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                **kwargs,
-            )
+            return original(past_key_values=past_key_values)
         assert position_embeddings is not None
         batch, tokens = hidden_states.shape[:2]
         valid = valid_tokens(attention_mask, batch, tokens, hidden_states.device)
-        query, key, value = families.project(self, hidden_states)  # type: ignore[arg-type]
-        query, key, logits, omega = self.decision(query, key, hidden_states, run.zero_out)
+        projected, key, value = families.project(self, hidden_states)  # type: ignore[arg-type]
+        query, key, logits, omega = self.decision(projected, key, hidden_states, run.zero_out)
         logits, omega = self.policy.share(logits, omega)
         alpha = self._alpha(logits, run)
         layer = _folded_layer(past_key_values, self.layer_idx)  # type: ignore[attr-defined]
@@ -95,30 +95,27 @@ class FoldedAttention:
         if run.recorder is not None:
             run.recorder[self.layer_idx] = Decisions(alpha, omega, logits)  # type: ignore[attr-defined]
         call = _Call(query, key, value, *position_embeddings, alpha, omega, valid)
+        stream = None if layer is None else self._extend(layer, call)
         # With nothing merged the folded form is plain attention: same kernel, same bits.
-        plain = fresh and run.mode == "hard" and not bool(alpha.any())
-        out = self._attend(call, layer, attention_mask if plain else None, plain)
+        if fresh and run.mode == "hard" and query is projected and not bool(alpha.any()):
+            return original(past_key_values=None)
+        out = self._attend(call, stream)
         return self.o_proj(out.transpose(1, 2).reshape(batch, tokens, -1)), None  # type: ignore[attr-defined]
+
+    def _extend(self, layer: FoldedLayer, call: _Call) -> Stream:
+        return layer.extend(
+            call.key, call.value, call.cos, call.sin, call.alpha, call.omega, call.valid,
+            delay=self.policy.delay, window=self.policy.window,
+        )  # fmt: skip
 
     def _alpha(self, logits: Tensor, run: FoldRun) -> Tensor:
         if run.mode == "hard":
             return harden(logits)
         return relax(logits, temperature=run.temperature, method=run.relaxation)
 
-    def _attend(
-        self, call: _Call, layer: Any, attention_mask: Tensor | None, plain: bool
-    ) -> Tensor:
+    def _attend(self, call: _Call, stream: Stream | None) -> Tensor:
         """(B, H, T, D)."""
         rotated_query = rotate(call.query, call.cos, call.sin)
-        stream = None
-        if layer is not None:
-            stream = layer.extend(
-                call.key, call.value, call.cos, call.sin, call.alpha, call.omega, call.valid,
-                delay=self.policy.delay, window=self.policy.window,
-            )  # fmt: skip
-        if plain:
-            key = rotate(call.key, call.cos, call.sin)
-            return self._plain(rotated_query, key, call.value, attention_mask)
         options = {
             "delay": self.policy.delay,
             "scaling": self.scaling,  # type: ignore[attr-defined]
@@ -141,16 +138,6 @@ class FoldedAttention:
             closed_mask=stream.closed_mask, num_prefix=stream.num_prefix, **options,
         )  # fmt: skip
 
-    def _plain(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """The model's own attention function, as the family calls it."""
-        module: Any = self
-        implementation = module.config._attn_implementation
-        eager = functools.partial(_missing_eager, implementation)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
-        extra = {"softcap": families.softcap(module)} if families.softcap(module) else {}
-        out, _ = attend(module, query, key, value, mask, dropout=0.0, scaling=module.scaling, **extra)
-        return out.transpose(1, 2)
-
 
 @dataclass(frozen=True, slots=True)
 class _Call:
@@ -162,13 +149,6 @@ class _Call:
     alpha: Tensor
     omega: Tensor
     valid: Tensor
-
-
-def _missing_eager(implementation: str, *args: Any, **kwargs: Any) -> Any:
-    raise ValueError(
-        f"attention implementation {implementation!r} is not a registered function; load the "
-        'model with attn_implementation="sdpa"'
-    )
 
 
 def _folded_layer(cache: Any, layer_idx: int) -> Any:
@@ -214,6 +194,7 @@ def fold(model: PreTrainedModel, policy: DMC) -> PreTrainedModel:
     model.config.cachefold = policy.to_dict()
     hook = model.register_forward_pre_hook(_supply_cache, with_kwargs=True)
     model._cachefold_hook = hook
+    model.save_pretrained = _refuse_save
     return model
 
 
@@ -244,7 +225,7 @@ def unfold(model: PreTrainedModel) -> PreTrainedModel:
             attention.__class__ = type(attention).__bases__[1]
             del attention.decision, attention.policy
     model._cachefold_hook.remove()
-    del model._cachefold_hook, model.config.cachefold
+    del model._cachefold_hook, model.config.cachefold, model.save_pretrained
     return model
 
 
@@ -282,14 +263,23 @@ def new_cache(model: PreTrainedModel) -> FoldedCache:
 
 def _supply_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Forward pre-hook: a call that would start a dense cache gets a folded one."""
-    run = kwargs.get("fold_run")
-    if run is not None and run.mode == "dense":
+    run = kwargs.get("fold_run") or FoldRun()
+    if run.mode == "dense":
         return None
     cache = kwargs.get("past_key_values")
     use_cache = kwargs.get("use_cache")
     if use_cache is None:
-        use_cache = model.config.use_cache and not model.training
+        # Relaxed decisions are for training; only hard ones can be carried out in a cache.
+        use_cache = kwargs["use_cache"] = model.config.use_cache and run.mode == "hard"
     is_unused = type(cache) is DynamicCache and cache.get_seq_length() == 0
     if use_cache and (cache is None or is_unused):
         kwargs["past_key_values"] = new_cache(model)
     return args, kwargs
+
+
+def _refuse_save(*args: Any, **kwargs: Any) -> NoReturn:
+    """Stands in for save_pretrained: what that writes would load as a broken dense model."""
+    raise ValueError(
+        "save_pretrained would write a model that loads as a dense one; use "
+        "cachefold.save_folded(model, folder, base=...), or unfold(model) first"
+    )

@@ -1,0 +1,128 @@
+"""Writes and reads a FoldedCache as one safetensors file with its facts as metadata."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from cachefold.cache.layers import FoldedLayer
+
+if TYPE_CHECKING:
+    from cachefold.cache.folded import FoldedCache
+
+FORMAT = "cachefold-cache-1"
+
+
+def save(cache: FoldedCache, path: str | Path) -> None:
+    """Writes `cache` to `path`; what lies beyond the closed entries is not written."""
+    tensors: dict[str, Tensor] = {}
+    for index, layer in enumerate(cache.layers):
+        for name, tensor in _layer_tensors(layer, index).items():
+            tensors[f"{index}.{name}"] = tensor.contiguous()
+    seen = [layer.get_seq_length() for layer in cache.layers]
+    facts = _facts(cache) | {"seen": seen, "names": sorted(tensors)}
+    # JSON in one metadata field: safetensors metadata are strings only.
+    save_file(tensors, str(path), metadata={"format": FORMAT, "cachefold": json.dumps(facts)})
+
+
+def _facts(cache: FoldedCache) -> dict[str, Any]:
+    """What must agree between a file and the cache it is read into."""
+    return {
+        "delay": cache.delay,
+        "window": cache.window,
+        "num_layers": len(cache.layers),
+        "folded_layers": cache.folded_layers,
+        "kinds": [type(layer).__name__ for layer in cache.layers],
+    }
+
+
+def _layer_tensors(layer: Any, index: int) -> dict[str, Tensor]:
+    if isinstance(layer, FoldedLayer):
+        tensors = layer.tensors()
+        if layer.lengths is not None and layer.lengths.numel():
+            used = int(layer.lengths.max())
+            slots = torch.arange(used, device=layer.lengths.device)
+            unused = (slots >= layer.lengths[..., None])[..., None]
+            for name in ("closed_key", "closed_value"):
+                tensors[name] = tensors[name][:, :, :used].masked_fill(unused, 0.0)
+        return tensors
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        raise ValueError(
+            f"layer {index} keeps a {type(layer).__name__}, which can't be saved; only full and "
+            "sliding-window attention caches can"
+        )
+    if not layer.is_initialized:
+        return {}
+    return {"keys": layer.keys, "values": layer.values}
+
+
+def load(cache: FoldedCache, path: str | Path, device: torch.device | str) -> None:
+    """Reads `path` into `cache`, which is left as it was when the file doesn't fit."""
+    facts, tensors = _read(Path(path), device)
+    for name, expected in _facts(cache).items():
+        if facts.get(name) != expected:
+            raise ValueError(
+                f"{path} was saved with {name}={facts.get(name)!r}, but this cache has "
+                f"{name}={expected!r}; load it into a cache of the same model and policy"
+            )
+    if sorted(tensors) != facts["names"] or len(facts["seen"]) != len(cache.layers):
+        raise ValueError(f"{path} is damaged: tensors are missing; save the cache again")
+    split: list[dict[str, Tensor]] = [{} for _ in cache.layers]
+    for name, tensor in tensors.items():
+        index, _, rest = name.partition(".")
+        split[int(index)][rest] = tensor
+    for parts in split:
+        _check_lengths(parts, path)
+    for layer, parts, seen in zip(cache.layers, split, facts["seen"], strict=True):
+        _fill(layer, parts, seen)
+
+
+def _read(path: Path, device: torch.device | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not path.is_file():
+        raise ValueError(f"{path} doesn't exist; write a cache with cache.save(path) first")
+    try:
+        with safe_open(str(path), framework="pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError(
+                    f"{path} is not a saved cache of this version (format "
+                    f"{metadata.get('format')!r}, expected {FORMAT!r}); write it with cache.save"
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a readable safetensors file ({error}); write it with cache.save(path)"
+        ) from error
+    return json.loads(metadata["cachefold"]), tensors
+
+
+def _check_lengths(parts: dict[str, Tensor], path: str | Path) -> None:
+    lengths = parts.get("lengths")
+    if lengths is None or not lengths.numel():
+        return
+    capacity = parts["closed_key"].shape[2]
+    if int(lengths.min()) < 0 or int(lengths.max()) > capacity:
+        raise ValueError(
+            f"{path} is damaged: a head counts {int(lengths.max())} entries of {capacity} stored; "
+            "save the cache again"
+        )
+
+
+def _fill(layer: Any, parts: dict[str, Tensor], seen: int) -> None:
+    if isinstance(layer, FoldedLayer):
+        layer.load_tensors(parts, seen)
+        return
+    layer.reset()
+    if not parts:
+        return
+    layer.lazy_initialization(parts["keys"], parts["values"])
+    layer.keys, layer.values = parts["keys"], parts["values"]
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        layer.cumulative_length = seen

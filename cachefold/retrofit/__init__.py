@@ -1,0 +1,1 @@
+"""Retrofit: train an existing model to fold its cache."""

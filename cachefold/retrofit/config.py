@@ -1,0 +1,255 @@
+"""The recipe of a retrofit: typed, read from YAML, every field documented where it is declared."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from cachefold.core.decisions import RELAXATIONS
+from cachefold.policies import get_policy
+from cachefold.policies.base import closest
+
+_Config = TypeVar("_Config")
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the training text comes from."""
+
+    files: list[str] = field(default_factory=list)
+    """Local `.jsonl` or `.txt` files, each also as `.gz`; relative to the working folder."""
+    dataset: str | None = None
+    """Name of a dataset for the `datasets` library, used instead of `files`."""
+    split: str = "train"
+    """Split of `dataset`."""
+    text_field: str = "text"
+    """Field of a row that holds the text; rows with `messages` go through the chat template."""
+    seq_len: int = 512
+    """Tokens per training sequence; also the length at which the target ratio is meant."""
+    held_out: int = 8
+    """Sequences kept out of training and used for the final measurement of the ratio."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How the model is trained."""
+
+    tokens: int = 460_000
+    """Training tokens in all; steps = tokens / (seq_len * batch_size * accumulation)."""
+    batch_size: int = 1
+    """Sequences per forward pass."""
+    accumulation: int = 1
+    """Forward passes per optimiser step."""
+    learning_rate: float = 1e-3
+    """Of the LoRA weights, or of all weights with `lora_rank: 0`."""
+    decision_learning_rate: float = 3e-3
+    """Of the decision modules."""
+    lora_rank: int = 8
+    """Rank of the LoRA on the attention projections; 0 trains all weights instead."""
+    temperature: float = 0.3
+    """Of the relaxed decisions."""
+    relaxation: str = "gumbel"
+    """`gumbel`, `straight-through` or `sigmoid`."""
+    kd_weight: float = 1.0
+    """Weight of KL(original || folded) on the logits."""
+    ce_weight: float = 0.0
+    """Weight of the cross entropy with the text."""
+    compression_weight: float = 5.0
+    """Weight of the one-sided compression loss."""
+    cr_margin: float = 0.05
+    """Relative head-room on the trained ratio, so that every held-out text reaches `policy.cr`."""
+    ramp_fraction: float = 0.6
+    """Part of the steps over which the target ratio rises from 1 to its full value."""
+    solidify_fraction: float = 0.3
+    """Last part of the steps, in which the learning rate falls to a tenth along a cosine."""
+    zero_out_steps: int = 0
+    """Steps that fade out the decision neuron before the ramp; only for decision `neuron`."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    save_every: int = 50
+    """Steps between checkpoints."""
+    log_every: int = 10
+    """Steps between log lines."""
+    seed: int = 0
+    """Of the data order, the LoRA weights and the noise on the decisions."""
+    dtype: str = "bfloat16"
+    """`bfloat16`, `float16` or `float32`; of the base weights and the matrix products."""
+    gradient_checkpointing: bool = False
+    """Trade compute for memory in the backward pass."""
+    tensorboard: bool = False
+    """Also write TensorBoard event files."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrofitConfig:
+    """All a retrofit needs; one YAML file."""
+
+    model: str
+    """Zoo name, hub id or folder of the model to fold."""
+    output_dir: str
+    """Folder for checkpoints, log and result."""
+    policy: dict[str, Any] = field(default_factory=lambda: {"name": "dmc"})
+    """Policy name and its options, such as `{name: dmc, cr: 2, delay: 16}`."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The text."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The training."""
+
+    def __post_init__(self) -> None:
+        """Checks values that types alone do not."""
+        _check_data(self.data)
+        _check_train(self.train, self.build_policy())
+
+    def build_policy(self) -> Any:
+        """Makes the policy.
+
+        Raises:
+            ValueError: unknown policy or option, or a value it refuses.
+        """
+        options = dict(self.policy)
+        name = options.pop("name", "dmc")
+        try:
+            return get_policy(name, **options)
+        except TypeError as error:
+            raise ValueError(f"policy: a value has the wrong type ({error})") from error
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens one optimiser step sees."""
+        return self.data.seq_len * self.train.batch_size * self.train.accumulation
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps."""
+        return max(1, self.train.tokens // self.tokens_per_step)
+
+    def to_yaml(self) -> str:
+        """The whole recipe with every default written out; `load_recipe` reads it back."""
+        return yaml.safe_dump(asdict(self), sort_keys=False)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RetrofitConfig:
+    """Reads a YAML recipe; defaults < recipe < overrides.
+
+    Args:
+        path: the YAML file.
+        overrides: items such as `train.tokens=1000` or `policy.cr=4`; values are read as YAML.
+
+    Raises:
+        ValueError: no such file, bad YAML, unknown key (with the closest match) or wrong type.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no recipe at {path}; the ones shipped with cachefold are in recipes/")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold key: value pairs, got a {type(values).__name__}")
+    for override in overrides:
+        _override(values, override)
+    return from_dict(values)
+
+
+def from_dict(values: Mapping[str, Any]) -> RetrofitConfig:
+    """Builds a recipe from nested dictionaries, checking keys and types."""
+    return _build(RetrofitConfig, values, "")
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ValueError(f"an override looks like train.tokens=1000, got {override!r}")
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        child = values.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ValueError(f"{override!r}: {parent!r} holds one value, not a group of keys")
+        values = child
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{override!r}: the value is not valid YAML: {error}") from error
+
+
+def _build(cls: type[_Config], values: Any, prefix: str) -> _Config:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{prefix.rstrip('.')}: must be a group of keys, got {values!r}")
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            raise ValueError(
+                f"unknown key {prefix}{key}.{closest(str(key), list(hints))} "
+                f"Keys here: {', '.join(hints)}."
+            )
+    for entry in dataclasses.fields(cls):  # type: ignore[arg-type]
+        required = entry.default is entry.default_factory is dataclasses.MISSING
+        if required and entry.name not in values:
+            raise ValueError(f"the recipe has no {prefix}{entry.name}; add it, or override it")
+    return cls(**{key: _convert(hints[key], value, prefix + key) for key, value in values.items()})
+
+
+def _convert(hint: Any, value: Any, name: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, {} if value is None else value, name + ".")  # type: ignore[arg-type]
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return None if value is None else _convert(args[0], value, name)
+    if origin is list and isinstance(value, list):
+        return [_convert(args[0], item, f"{name}[{i}]") for i, item in enumerate(value)]
+    if origin is dict and isinstance(value, dict):
+        return value
+    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-3 as a string
+        except ValueError:
+            pass
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if origin is None and isinstance(value, hint) and not (hint is int and value in (True, False) and isinstance(value, bool)):
+        return value
+    wanted = getattr(origin or hint, "__name__", str(hint))
+    raise ValueError(f"{name} must be a {wanted}, got {value!r} ({type(value).__name__})")
+
+
+def _check_data(data: DataConfig) -> None:
+    if data.seq_len < 2:
+        raise ValueError(f"data.seq_len must be at least 2 tokens, got {data.seq_len}")
+    if data.held_out < 1:
+        raise ValueError(f"data.held_out must be at least 1 sequence, got {data.held_out}")
+    if data.files and data.dataset:
+        raise ValueError("give data.files or data.dataset, not both")
+
+
+def _check_train(train: TrainConfig, policy: Any) -> None:
+    for name in ("tokens", "batch_size", "accumulation", "save_every", "log_every"):
+        if getattr(train, name) < 1:
+            raise ValueError(f"train.{name} must be at least 1, got {getattr(train, name)}")
+    for name in ("learning_rate", "decision_learning_rate", "temperature", "max_grad_norm"):
+        if not getattr(train, name) > 0:
+            raise ValueError(f"train.{name} must be > 0, got {getattr(train, name)}")
+    for name in ("lora_rank", "kd_weight", "ce_weight", "compression_weight", "cr_margin",
+                 "zero_out_steps"):  # fmt: skip
+        if not getattr(train, name) >= 0:
+            raise ValueError(f"train.{name} must be >= 0, got {getattr(train, name)}")
+    for name in ("ramp_fraction", "solidify_fraction"):
+        if not 0 <= getattr(train, name) <= 1:
+            raise ValueError(f"train.{name} must be between 0 and 1, got {getattr(train, name)}")
+    for name, allowed in (("dtype", DTYPES), ("relaxation", RELAXATIONS)):
+        value = getattr(train, name)
+        if value not in allowed:
+            hint = closest(value, list(allowed))
+            raise ValueError(f"train.{name} must be one of {', '.join(allowed)}; got {value!r}.{hint}")
+    if train.kd_weight == train.ce_weight == 0:
+        raise ValueError("train.kd_weight and train.ce_weight are both 0: nothing keeps quality")
+    if train.zero_out_steps and getattr(policy, "decision", None) != "neuron":
+        raise ValueError("train.zero_out_steps is only for policy.decision: neuron; set it to 0")

@@ -1,0 +1,137 @@
+"""Progress of a retrofit: one plain line per logging step, the same facts as JSON lines, a bar."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+LOG = "log.jsonl"
+
+
+class Meter:
+    """Means of what the loss saw since the last log line."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._count = 0
+
+    def add(self, **values: float) -> None:
+        """Adds the values of one forward pass."""
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._count += 1
+
+    def drain(self) -> dict[str, float]:
+        """Returns the means and starts again."""
+        means = {name: total / self._count for name, total in self._sums.items()}
+        self.__init__()  # type: ignore[misc]
+        return means
+
+
+def log_line(step: int, steps: int, facts: dict[str, float]) -> str:
+    """Writes the facts of one logging step as a line.
+
+    >>> log_line(12, 900, {"loss": 0.5, "kd": 0.4, "cr": 1.2, "target": 1.3, "alpha": 0.1,
+    ...     "tokens_per_second": 100.4, "eta": 65})
+    'step 12/900 loss 0.5000 kd 0.4000 cr 1.20/1.30 alpha 0.100 100 tokens/s eta 0:01:05'
+    """
+    minutes, seconds = divmod(int(facts["eta"]), 60)
+    hours, minutes = divmod(minutes, 60)
+    return (
+        f"step {step}/{steps} loss {facts['loss']:.4f} kd {facts['kd']:.4f} "
+        f"cr {facts['cr']:.2f}/{facts['target']:.2f} alpha {facts['alpha']:.3f} "
+        f"{facts['tokens_per_second']:.0f} tokens/s eta {hours}:{minutes:02}:{seconds:02}"
+    )
+
+
+class Report(TrainerCallback):
+    """Prints log lines, appends them to `log.jsonl` and, on a terminal, shows a bar."""
+
+    def __init__(self, output_dir: Path, tokens_per_step: int) -> None:
+        """Keeps the folder of the log and the tokens of one step."""
+        self.path = output_dir / LOG
+        self.tokens_per_step = tokens_per_step
+        self._bar: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Starts the clock; drops log lines of steps that a resumed run does again."""
+        self._mark(state)
+        if self.path.is_file():
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if _step(line) <= state.global_step]
+            self.path.write_text("".join(kept), encoding="utf-8")
+        if sys.stdout.isatty():
+            self._bar = _make_bar(state)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Moves the bar."""
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Writes one line."""
+        if not logs or "kd" not in logs or not state.is_world_process_zero:
+            return
+        elapsed = max(time.monotonic() - self._time, 1e-9)
+        rate = (state.global_step - self._last) / elapsed
+        left = (state.max_steps - state.global_step) / rate if rate else 0.0
+        facts = {**logs, "tokens_per_second": rate * self.tokens_per_step, "eta": left}
+        self._mark(state)
+        line = log_line(state.global_step, state.max_steps, facts)
+        if self._bar is not None:
+            self._bar.console.print(line, highlight=False)
+        else:
+            print(line, flush=True)
+        row = {"step": state.global_step, **{k: round(v, 6) for k, v in facts.items()}}
+        with self.path.open("a", encoding="utf-8") as log:
+            log.write(json.dumps(row) + "\n")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Takes the bar away."""
+        self.close()
+
+    def close(self) -> None:
+        """Gives the terminal back; also called when training fails."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _mark(self, state: TrainerState) -> None:
+        self._time, self._last = time.monotonic(), state.global_step
+
+
+def _step(line: str) -> float:
+    """Step of a log line; infinite where a killed run left half a line."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def _make_bar(state: TrainerState) -> Any:
+    try:
+        from rich.progress import Progress
+    except ImportError:
+        return None
+    bar = Progress()
+    bar.add_task("retrofit", total=state.max_steps, completed=state.global_step)
+    bar.start()
+    return bar
