@@ -8,11 +8,14 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -40,6 +43,19 @@ def add_lora(model: PreTrainedModel, rank: int) -> PreTrainedModel:
             parameter.requires_grad_(True)
             parameter.data = parameter.data.float()
     return model
+
+
+@contextmanager
+def adapters_disabled(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """Turns LoRA off for the length of a `with` block; with it off the base weights are alone."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield model
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 def trainable_state(model: PreTrainedModel) -> dict[str, Tensor]:

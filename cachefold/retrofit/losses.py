@@ -120,7 +120,7 @@ def _chunk(
         logits, teacher_logits = _cap(logits, weights.softcap), _cap(teacher_logits, weights.softcap)
         slope = 1 - (logits / weights.softcap) ** 2
     log_student = torch.log_softmax(logits, -1, dtype=wide)
-    counts = labels >= 0
+    counts = (labels >= 0).to(wide)
     ce = -(log_student.gather(1, labels.clamp(min=0)[:, None])[:, 0] * counts).sum()
     kd = log_student.new_zeros(())
     scale = counts * (weights.ce / max(count, 1))  # (n,)
@@ -131,11 +131,11 @@ def _chunk(
         kd = torch.bmm(pull[:, None], log_teacher.sub_(log_student)[..., None]).sum()
         pull.mul_(weights.kd / total)
         scale = scale + weights.kd / total
-    grad = log_student.exp_().mul_(scale[:, None].to(wide))
+    grad = log_student.exp_().mul_(scale[:, None])
     if pull is not None:
         grad.sub_(pull)
     if weights.ce:
-        pick = -(counts * (weights.ce / max(count, 1))).to(wide)
+        pick = counts * (-weights.ce / max(count, 1))
         grad.scatter_add_(1, labels.clamp(min=0)[:, None], pick[:, None])
     return kd, ce, grad if slope is None else grad.mul_(slope)
 

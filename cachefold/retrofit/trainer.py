@@ -64,6 +64,8 @@ class RetrofitTrainer(Trainer):
         self._writing: Path | None = None
         self.report = Report(Path(config.output_dir), config.tokens_per_step)
         model.config.use_cache = False
+        if config.train.gradient_checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
         super().__init__(model, _arguments(config), train_dataset=train_dataset)
         self.loss_is_scaled_for_ga = False
         self.remove_callback(PrinterCallback)
@@ -234,8 +236,6 @@ def _arguments(config: RetrofitConfig) -> TrainingArguments:
         max_steps=config.steps,
         per_device_train_batch_size=train.batch_size,
         gradient_accumulation_steps=train.accumulation,
-        gradient_checkpointing=train.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
         max_grad_norm=train.max_grad_norm,
         logging_steps=train.log_every,
         logging_nan_inf_filter=False,

@@ -1,0 +1,1 @@
+"""What folding costs in quality, measured with the decisions of inference."""

@@ -1,0 +1,114 @@
+"""Loss on held-out text through the parallel form with hard decisions, so folding is seen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from cachefold.core.accounting import compression_ratio, entries_kept
+from cachefold.core.decisions import Decisions
+from cachefold.models.fold import FoldRun, is_folded
+from cachefold.models.hub import adapters_disabled
+from cachefold.retrofit.config import DataConfig
+from cachefold.retrofit.data import load_blocks
+
+_CHUNK = 128
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeldOutLoss:
+    """Dense against folded on the same pieces of one file."""
+
+    name: str
+    """File name without endings."""
+    pieces: int
+    """Number of pieces."""
+    tokens: int
+    """Tokens of each piece."""
+    dense_loss: float
+    """nats/token of the original model."""
+    folded_loss: float
+    """nats/token of the folded model."""
+    cr: float
+    """Tokens / entries kept at the end of each piece, all layers and heads, ring included."""
+
+    @property
+    def increase(self) -> float:
+        """nats/token that folding costs."""
+        return self.folded_loss - self.dense_loss
+
+
+def heldout_loss(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    files: Sequence[str | Path],
+    *,
+    pieces: int = 6,
+    tokens: int = 1024,
+) -> list[HeldOutLoss]:
+    """Measures the loss increase of a folded model over its own base.
+
+    Args:
+        model: a folded model; its adapters are off for the dense loss.
+        tokenizer: of the model.
+        files: local .jsonl/.txt (.gz), each measured on its own.
+        pieces: most pieces of each file, from its beginning on.
+        tokens: tokens of a piece.
+
+    Returns:
+        One result per file.
+
+    Raises:
+        ValueError: the model is not folded, or a file gives not one piece.
+    """
+    if not is_folded(model):
+        raise ValueError("the model is not folded; load an artefact or call fold(model, policy)")
+    return [_measure_file(model, tokenizer, Path(file), pieces, tokens) for file in files]
+
+
+@torch.no_grad()
+def _measure_file(
+    model: PreTrainedModel, tokenizer: Any, file: Path, pieces: int, tokens: int
+) -> HeldOutLoss:
+    blocks = load_blocks(DataConfig(files=[str(file)], seq_len=tokens), tokenizer)[:pieces]
+    pieces = len(blocks)
+    dense, folded, seen, kept = 0.0, 0.0, 0, 0
+    for piece in blocks[:, None]:
+        with adapters_disabled(model):
+            dense += _loss(model, piece, FoldRun(mode="dense"))
+        decisions: dict[int, Decisions] = {}
+        folded += _loss(model, piece, FoldRun(recorder=decisions))
+        assert decisions, "no layer decided: folding was not seen"
+        valid = torch.ones_like(piece, dtype=torch.bool)
+        delay = model.config.cachefold["delay"]
+        for decision in decisions.values():
+            kept += int(entries_kept(decision.alpha, valid, delay).sum())
+            seen += decision.alpha.numel()
+    return HeldOutLoss(
+        name=file.name.split(".")[0], pieces=pieces, tokens=tokens,
+        dense_loss=dense / pieces, folded_loss=folded / pieces,
+        cr=compression_ratio(seen, kept),
+    )  # fmt: skip
+
+
+def _loss(model: PreTrainedModel, ids: Tensor, run: FoldRun) -> float:
+    """Mean nats/token of (1, T) ids, logits by chunks in float32."""
+    ids = ids.to(next(model.parameters()).device)
+    output = model(
+        input_ids=ids, logits_to_keep=1, output_hidden_states=True, use_cache=False, fold_run=run
+    )
+    hidden, head = output.hidden_states[-1][0, :-1], model.get_output_embeddings()
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    total = 0.0
+    for states, labels in zip(hidden.split(_CHUNK), ids[0, 1:].split(_CHUNK), strict=True):
+        logits = head(states).float()
+        logits = logits if cap is None else cap * torch.tanh(logits / cap)
+        total += F.cross_entropy(logits, labels, reduction="sum").item()
+    return total / (ids.shape[1] - 1)

@@ -1,0 +1,107 @@
+"""Builds the small text files this repository ships from a folder of full data sets.
+
+    python tools/build_data.py SOURCE_DIR
+
+SOURCE_DIR holds `train/*.jsonl.gz` and `lm/*.gz` in the form data/README.md describes. The
+result is the same every time.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+KINDS = ("books", "textbooks", "docs", "code", "wiki", "chat")
+CHARACTERS_PER_KIND = 520_000
+LONGEST_ROW = 12_000
+HELD_OUT = {
+    "moby_dick": "book_moby_dick.txt.gz",
+    "chat": "chat.jsonl.gz",
+    "code": "code_python.jsonl.gz",
+    "textbook": "textbook_business_ethics.jsonl.gz",
+    "wikipedia": "wikipedia_articles.jsonl.gz",
+    "wikitext2": "wikitext2_test_raw.txt.gz",
+}
+HELD_OUT_CHARACTERS = 90_000
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a .jsonl.gz, or one row of a .txt.gz."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        if path.name.endswith(".txt.gz"):
+            return [{"text": file.read(), "source": path.name}]
+        return [json.loads(line) for line in file]
+
+
+def shorten(text: str, limit: int) -> str:
+    """Cuts at the last paragraph, line or space before `limit` characters."""
+    if len(text) <= limit:
+        return text
+    for mark in ("\n\n", "\n", " "):
+        end = text.rfind(mark, limit // 2, limit)
+        if end > 0:
+            return text[:end]
+    return text[:limit]
+
+
+def size(row: dict[str, Any]) -> int:
+    """Characters of a row."""
+    return sum(len(m["content"]) for m in row["messages"]) if "messages" in row else len(row["text"])
+
+
+def order(row: dict[str, Any]) -> str:
+    """A fixed shuffle: by digest of the row."""
+    return hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()
+
+
+def draw(rows: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """About CHARACTERS_PER_KIND from many rows; long rows give several parts if need be."""
+    taken, total = [], 0
+    for row in sorted(rows, key=order):
+        if total >= CHARACTERS_PER_KIND:
+            break
+        if "messages" not in row:
+            row = {**row, "text": shorten(row["text"], LONGEST_ROW)}
+        if 200 <= size(row) <= 2 * LONGEST_ROW:
+            taken.append({**row, "kind": kind})
+            total += size(row)
+    return taken
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes .jsonl.gz without time stamp, so that equal rows give equal bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    with gzip.GzipFile(fileobj=buffer, mode="wb", mtime=0, compresslevel=9) as file:
+        for row in rows:
+            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+    path.write_bytes(buffer.getvalue())
+    print(f"{path}: {len(rows)} rows, {sum(map(size, rows)):,} characters, {buffer.tell():,} bytes")
+
+
+def main(source: Path, target: Path) -> None:
+    """Builds all files."""
+    mixed = []
+    for kind in KINDS:
+        rows = [row for path in sorted((source / "train").glob(f"{kind}-*")) for row in read_rows(path)]
+        mixed += draw(rows, kind)
+    write_rows(target / "train" / "mix.jsonl.gz", sorted(mixed, key=order))
+    for name, file in HELD_OUT.items():
+        rows, total = [], 0
+        for row in read_rows(source / "lm" / file):
+            if total >= HELD_OUT_CHARACTERS:
+                break
+            if "messages" not in row:
+                row = {**row, "text": shorten(row["text"], HELD_OUT_CHARACTERS)}
+            rows.append(row)
+            total += size(row)
+        write_rows(target / "heldout" / f"{name}.jsonl.gz", rows)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(__file__).parent.parent / "data")
