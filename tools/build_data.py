@@ -51,7 +51,9 @@ def shorten(text: str, limit: int) -> str:
 
 def size(row: dict[str, Any]) -> int:
     """Characters of a row."""
-    return sum(len(m["content"]) for m in row["messages"]) if "messages" in row else len(row["text"])
+    return (
+        sum(len(m["content"]) for m in row["messages"]) if "messages" in row else len(row["text"])
+    )
 
 
 def order(row: dict[str, Any]) -> str:
@@ -88,7 +90,9 @@ def main(source: Path, target: Path) -> None:
     """Builds all files."""
     mixed = []
     for kind in KINDS:
-        rows = [row for path in sorted((source / "train").glob(f"{kind}-*")) for row in read_rows(path)]
+        rows = [
+            row for path in sorted((source / "train").glob(f"{kind}-*")) for row in read_rows(path)
+        ]
         mixed += draw(rows, kind)
     write_rows(target / "train" / "mix.jsonl.gz", sorted(mixed, key=order))
     for name, file in HELD_OUT.items():

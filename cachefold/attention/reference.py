@@ -71,7 +71,9 @@ def parallel(
         values.append(closed_value)
     probabilities = torch.softmax(torch.cat(columns, -1), -1).to(query.dtype)
     out = torch.zeros_like(grouped)
-    for part, value in zip(probabilities.split([v.shape[2] for v in values], -1), values, strict=True):
+    for part, value in zip(
+        probabilities.split([v.shape[2] for v in values], -1), values, strict=True
+    ):
         out = out + _weighted(part, value.to(query.dtype))
     return out.flatten(1, 2)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -50,7 +51,8 @@ class FoldedCache(Cache):
         self.window = window
 
     def _folded(self) -> list[FoldedLayer]:
-        return [self.layers[index] for index in self.folded_layers]
+        layers: list[Any] = self.layers
+        return [layers[index] for index in self.folded_layers]
 
     def entries(self) -> list[Tensor]:
         """Entries each head holds (closed, open and ring), (B, K) per folded layer."""
@@ -95,7 +97,7 @@ class FoldedCache(Cache):
                 total += int(_tokens_seen(layer).sum()) * _entry_bytes(layer)
         return total
 
-    def save(self, path: str) -> None:
+    def save(self, path: str | Path) -> None:
         """Writes the cache to one safetensors file.
 
         Raises:
@@ -103,7 +105,7 @@ class FoldedCache(Cache):
         """
         storage.save(self, path)
 
-    def load(self, path: str, device: torch.device | str = "cpu") -> FoldedCache:
+    def load(self, path: str | Path, device: torch.device | str = "cpu") -> FoldedCache:
         """Fills this cache from a file that `save` wrote; returns itself.
 
         Raises:

@@ -26,7 +26,8 @@ def save(cache: FoldedCache, path: str | Path) -> None:
     for index, layer in enumerate(cache.layers):
         for name, tensor in _layer_tensors(layer, index).items():
             tensors[f"{index}.{name}"] = tensor.contiguous()
-    seen = [layer.get_seq_length() for layer in cache.layers]
+    layers: list[Any] = cache.layers
+    seen = [layer.get_seq_length() for layer in layers]
     facts = _facts(cache) | {"seen": seen, "names": sorted(tensors)}
     # JSON in one metadata field: safetensors metadata are strings only.
     save_file(tensors, str(path), metadata={"format": FORMAT, "cachefold": json.dumps(facts)})

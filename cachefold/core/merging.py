@@ -59,7 +59,9 @@ def merge_step(
     3.0
     """
     weight = omega[..., None]
-    new = MergeState(weight, (omega[..., None] * key)[:, :, None], (omega[..., None] * value)[:, :, None])
+    new = MergeState(
+        weight, (omega[..., None] * key)[:, :, None], (omega[..., None] * value)[:, :, None]
+    )
     if state is not None:
         old = MergeState(
             state.weight * alpha[..., None],
@@ -124,7 +126,9 @@ def running_means(
     """
     dtype = torch.float64 if key.dtype == torch.float64 else torch.float32
     alpha, omega = alpha.to(dtype), omega.to(dtype)
-    terms = torch.cat([key.to(dtype), value.to(dtype), torch.ones_like(key[..., :1], dtype=dtype)], -1)
+    terms = torch.cat(
+        [key.to(dtype), value.to(dtype), torch.ones_like(key[..., :1], dtype=dtype)], -1
+    )
     terms = terms * omega[..., None]
     if window is None:
         sums = _decayed_sums(alpha, terms)

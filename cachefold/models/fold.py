@@ -256,9 +256,7 @@ def new_cache(model: PreTrainedModel) -> FoldedCache:
     if not layers:
         raise ValueError("the model is not folded; call fold(model, policy) first")
     policy: DMC = families.attention_layers(model)[layers[0]].policy
-    return FoldedCache(
-        model.config, folded_layers=layers, delay=policy.delay, window=policy.window
-    )
+    return FoldedCache(model.config, folded_layers=layers, delay=policy.delay, window=policy.window)
 
 
 def _supply_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

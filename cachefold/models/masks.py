@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 
-def valid_tokens(attention_mask: Tensor | None, batch: int, tokens: int, device: torch.device) -> Tensor:
+def valid_tokens(
+    attention_mask: Tensor | None, batch: int, tokens: int, device: torch.device
+) -> Tensor:
     """Finds padding.
 
     Args:

@@ -106,7 +106,9 @@ class DMC:
             value = getattr(self, name)
             if value not in allowed:
                 hint = closest(str(value), allowed)
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}.{hint}")
+                raise ValueError(
+                    f"{name} must be one of {', '.join(allowed)}; got {value!r}.{hint}"
+                )
 
     def build_decision(self, hidden_size: int, num_kv_heads: int) -> nn.Module:
         """Makes the decision module of one attention layer."""

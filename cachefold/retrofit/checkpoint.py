@@ -59,4 +59,5 @@ def prepare_output(folder: Path, recipe: str, resume: bool) -> str | None:
     partial.write_text(recipe, encoding="utf-8")
     os.replace(partial, stored)
     shutil.rmtree(folder / WRITING, ignore_errors=True)
-    return get_last_checkpoint(str(folder))
+    last: str | None = get_last_checkpoint(str(folder))  # type: ignore[no-untyped-call]
+    return last

@@ -17,7 +17,7 @@ from cachefold.policies import get_policy
 from cachefold.policies.base import closest
 
 _Config = TypeVar("_Config")
-DTYPES = ("bfloat16", "float16", "float32")
+DTYPES = ("bfloat16", "float32")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ class TrainConfig:
     seed: int = 0
     """Of the data order, the LoRA weights and the noise on the decisions."""
     dtype: str = "bfloat16"
-    """`bfloat16`, `float16` or `float32`; of the base weights and the matrix products."""
+    """`bfloat16` or `float32`; of the base weights and the matrix products."""
     gradient_checkpointing: bool = False
     """Trade compute for memory in the backward pass."""
     tensorboard: bool = False
@@ -133,7 +133,7 @@ class RetrofitConfig:
 
     def to_yaml(self) -> str:
         """The whole recipe with every default written out; `load_recipe` reads it back."""
-        return yaml.safe_dump(asdict(self), sort_keys=False)
+        return str(yaml.safe_dump(asdict(self), sort_keys=False))
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RetrofitConfig:
@@ -215,7 +215,8 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
             pass
     if hint is int and isinstance(value, float) and value.is_integer():
         return int(value)
-    if origin is None and isinstance(value, hint) and not (hint is int and value in (True, False) and isinstance(value, bool)):
+    is_flag = isinstance(value, bool)  # a bool is an int to Python, not to us
+    if origin is None and isinstance(value, hint) and is_flag == (hint is bool):
         return value
     wanted = getattr(origin or hint, "__name__", str(hint))
     raise ValueError(f"{name} must be a {wanted}, got {value!r} ({type(value).__name__})")
@@ -248,7 +249,9 @@ def _check_train(train: TrainConfig, policy: Any) -> None:
         value = getattr(train, name)
         if value not in allowed:
             hint = closest(value, list(allowed))
-            raise ValueError(f"train.{name} must be one of {', '.join(allowed)}; got {value!r}.{hint}")
+            raise ValueError(
+                f"train.{name} must be one of {', '.join(allowed)}; got {value!r}.{hint}"
+            )
     if train.kd_weight == train.ce_weight == 0:
         raise ValueError("train.kd_weight and train.ce_weight are both 0: nothing keeps quality")
     if train.zero_out_steps and getattr(policy, "decision", None) != "neuron":

@@ -139,7 +139,9 @@ def _json_row(line: str, place: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: not valid JSON ({error.msg} at column {error.colno})") from error
+        raise ValueError(
+            f"{place}: not valid JSON ({error.msg} at column {error.colno})"
+        ) from error
     if not isinstance(row, dict):
         raise ValueError(f"{place}: a line must be a JSON object, got a {type(row).__name__}")
     return row
@@ -186,7 +188,7 @@ def _token_lists(
 
 def _render(messages: Any, place: str, tokenizer: Any) -> str:
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False)
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
     except Exception as error:  # the template language raises what it likes
         raise ValueError(f"{place}: the chat template refuses 'messages': {error}") from error
 

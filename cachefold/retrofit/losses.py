@@ -55,7 +55,7 @@ def distillation_loss(
     """
     weights = _Weights(kd_weight, ce_weight, softcap)
     teacher_head = head if teacher_head is None else teacher_head
-    result = _LinearDistillation.apply(
+    result = _LinearDistillation.apply(  # type: ignore[no-untyped-call]
         student, head, teacher.detach(), teacher_head.detach(), labels, weights, chunk
     )
     return result[0], result[1], result[2]
@@ -111,13 +111,21 @@ class _LinearDistillation(torch.autograd.Function):
 
 
 def _chunk(
-    logits: Tensor, teacher_logits: Tensor, labels: Tensor, weights: _Weights, total: int, count: int
+    logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    weights: _Weights,
+    total: int,
+    count: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums of divergence and cross entropy, and the gradient (n, V) with respect to the logits."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     slope = None
     if weights.softcap is not None:
-        logits, teacher_logits = _cap(logits, weights.softcap), _cap(teacher_logits, weights.softcap)
+        logits, teacher_logits = (
+            _cap(logits, weights.softcap),
+            _cap(teacher_logits, weights.softcap),
+        )
         slope = 1 - (logits / weights.softcap) ** 2
     log_student = torch.log_softmax(logits, -1, dtype=wide)
     counts = (labels >= 0).to(wide)

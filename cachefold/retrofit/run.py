@@ -42,8 +42,7 @@ def run_retrofit(
         ValueError: anything wrong with recipe, data or output folder.
         RetrofitDivergedError: the loss is no number any more.
     """
-    if config.train.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise ValueError("train.tensorboard needs tensorboard: pip install tensorboard")
+    _check_tensorboard(config)
     checkpoint = None
     if not dry_run:
         checkpoint = prepare_output(Path(config.output_dir), config.to_yaml(), resume)
@@ -68,6 +67,11 @@ def run_retrofit(
     return {**facts, **finish(model, config, held_out, facts["tokens"])}
 
 
+def _check_tensorboard(config: RetrofitConfig) -> None:
+    if config.train.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ValueError("train.tensorboard needs tensorboard: pip install tensorboard")
+
+
 def load_model(config: RetrofitConfig) -> tuple[PreTrainedModel, Any]:
     """Loads the base model and its tokenizer: a folder or hub id, else a zoo name."""
     dtype = getattr(torch, config.train.dtype)
@@ -78,7 +82,8 @@ def load_model(config: RetrofitConfig) -> tuple[PreTrainedModel, Any]:
         return model, AutoTokenizer.from_pretrained(config.model)
     from cachefold.zoo import load_base
 
-    return load_base(config.model, dtype=dtype)
+    base: tuple[PreTrainedModel, Any] = load_base(config.model, dtype=dtype)
+    return base
 
 
 def prepare(model: PreTrainedModel, config: RetrofitConfig) -> PreTrainedModel | None:
@@ -127,7 +132,7 @@ def measure(model: PreTrainedModel, held_out: Tensor, config: RetrofitConfig) ->
     policy, device = config.build_policy(), next(model.parameters()).device
     dtype = getattr(torch, config.train.dtype)
     mixed = dtype != torch.float32
-    model.eval()
+    model.train(False)
     kept: dict[int, list[Tensor]] = {}
     for block in held_out:
         decisions: dict[int, Decisions] = {}

@@ -71,7 +71,7 @@ class RetrofitTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.add_callback(self.report)
         if teacher is not None:
-            teacher.to(self.args.device).eval().requires_grad_(False)
+            nn.Module.to(teacher, self.args.device).train(False).requires_grad_(False)
 
     def compute_loss(
         self,
@@ -116,16 +116,19 @@ class RetrofitTrainer(Trainer):
                 input_ids=ids, logits_to_keep=1, output_hidden_states=True, use_cache=False,
                 fold_run=run,
             )  # fmt: skip
-        return output.hidden_states[-1].to(dtype)
+        hidden: Tensor = output.hidden_states[-1]
+        return hidden.to(dtype)
 
-    def _distil(self, student: Tensor, target: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        model = self.accelerator.unwrap_model(self.model)
+    def _distil(
+        self, student: Tensor, target: Tensor, ids: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        model: Any = self.accelerator.unwrap_model(self.model)
         labels = nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
-        teacher_head = self.teacher and self.teacher.get_output_embeddings().weight
+        teacher: Any = self.teacher or model
         return distillation_loss(
             student.flatten(0, 1), target.flatten(0, 1), model.get_output_embeddings().weight,
             labels.flatten(), kd_weight=self.recipe.train.kd_weight,
-            ce_weight=self.recipe.train.ce_weight, teacher_head=teacher_head,
+            ce_weight=self.recipe.train.ce_weight, teacher_head=teacher.get_output_embeddings().weight,
             softcap=getattr(model.config, "final_logit_softcapping", None),
         )  # fmt: skip
 
@@ -173,10 +176,12 @@ class RetrofitTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW without decay; decision modules have their own learning rate."""
         if self.optimizer is None:
-            named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+            student: Any = self.model
+            named = [(n, p) for n, p in student.named_parameters() if p.requires_grad]
             train = self.recipe.train
+            rest = [p for n, p in named if ".decision." not in n]
             groups = [
-                {"params": [p for n, p in named if ".decision." not in n], "lr": train.learning_rate},
+                {"params": rest, "lr": train.learning_rate},
                 {"params": [p for n, p in named if ".decision." in n],
                  "lr": train.decision_learning_rate},
             ]  # fmt: skip
@@ -189,21 +194,23 @@ class RetrofitTrainer(Trainer):
     ) -> torch.optim.lr_scheduler.LRScheduler:
         """Constant, then a cosine down to a tenth."""
         if self.lr_scheduler is None:
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                optimizer or self.optimizer, self.plan.learning_rate
-            )
+            optimizer = optimizer or self.optimizer
+            assert optimizer is not None
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.plan.learning_rate)
+            self.lr_scheduler = schedule
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset)  # the dataset is shuffled already
+        dataset: Any = self.train_dataset
+        return SequentialSampler(dataset)  # the dataset is shuffled already
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._writing) if self._writing else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Writes beside, then renames: a killed run leaves only whole checkpoints."""
-        output_dir = Path(self.args.output_dir)
+        output_dir = Path(self.recipe.output_dir)
         self._writing = output_dir / WRITING
         try:
             super()._save_checkpoint(model, trial)
@@ -215,8 +222,10 @@ class RetrofitTrainer(Trainer):
         finally:
             self._writing = None
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
+        folder = Path(output_dir or self.recipe.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         state = trainable_state(self.accelerator.unwrap_model(self.model))
         save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
@@ -225,7 +234,8 @@ class RetrofitTrainer(Trainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        load_trainable_state(self.model, Path(resume_from_checkpoint) / WEIGHTS)
+        student: Any = self.model
+        load_trainable_state(student, Path(resume_from_checkpoint) / WEIGHTS)
 
 
 def _arguments(config: RetrofitConfig) -> TrainingArguments:

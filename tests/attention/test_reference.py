@@ -21,7 +21,9 @@ def _inputs(tokens, seed, kind="hard"):
     query = draw(2, HEADS, tokens, DIM)
     key, value = draw(2, KV_HEADS, tokens, DIM), draw(2, KV_HEADS, tokens, DIM)
     alpha = torch.sigmoid(draw(2, KV_HEADS, tokens))
-    alpha = {"hard": alpha.round(), "soft": alpha, "merge": alpha * 0 + 1, "append": alpha * 0}[kind]
+    alpha = {"hard": alpha.round(), "soft": alpha, "merge": alpha * 0 + 1, "append": alpha * 0}[
+        kind
+    ]
     valid = torch.ones(2, tokens, dtype=torch.bool)
     valid[0, : tokens // 3] = False
     omega = torch.sigmoid(draw(2, KV_HEADS, tokens)) + 0.01

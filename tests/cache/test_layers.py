@@ -347,3 +347,21 @@ def test_rejects_layers_that_cannot_fold():
     sliding = MistralConfig(num_hidden_layers=1, sliding_window=8)
     with pytest.raises(ValueError, match="DynamicSlidingWindowLayer"):
         FoldedCache(sliding, [0])
+
+
+def test_save_and_load_beside_a_sliding_layer(tmp_path):
+    from transformers import Qwen2Config
+
+    mixed = Qwen2Config(
+        num_hidden_layers=2, hidden_size=24, num_attention_heads=4, num_key_value_heads=HEADS,
+        use_sliding_window=True, sliding_window=8, max_window_layers=0,
+        layer_types=["full_attention", "sliding_attention"],
+    )  # fmt: skip
+    cache, text = FoldedCache(mixed, [0], delay=4), make_text(4, 20, [0], 0.5)
+    feed(cache.layers[0], text, [0, 20], 4, None)
+    cache.update(text.key, text.value, 1)
+    cache.save(tmp_path / "a.safetensors")
+    other = FoldedCache(mixed, [0], delay=4).load(tmp_path / "a.safetensors")
+    assert other.get_seq_length(1) == 20
+    assert other.get_mask_sizes(1, 1) == cache.get_mask_sizes(1, 1)
+    assert torch.equal(other.layers[1].keys, cache.layers[1].keys)

@@ -30,7 +30,9 @@ def test_straight_through_is_hard_forward_with_the_soft_gradient():
     torch.testing.assert_close(logits.grad, soft_logits.grad)
 
 
-@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": 1.0, "method": "gumble"}])
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0.0}, {"temperature": 1.0, "method": "gumble"}]
+)
 def test_bad_relaxations_are_refused(options):
     with pytest.raises(ValueError, match="temperature|gumbel"):
         relax(torch.zeros(1), **options)

@@ -70,7 +70,9 @@ def test_generate_greedy_equals_rescoring_the_whole_text():
     assert torch.equal(logits.argmax(-1), out.sequences[:, 12:])
 
 
-@pytest.mark.parametrize("options", [{"num_beams": 3}, {"do_sample": True}, {"num_return_sequences": 2, "num_beams": 2}])
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 3}, {"do_sample": True}, {"num_return_sequences": 2, "num_beams": 2}]
+)
 def test_a_left_padded_batch_generates_like_its_rows(options):
     model = fold(tiny_model(), DMC(delay=2))
     scramble_decisions(model)
@@ -149,7 +151,8 @@ def test_neuron_decisions_leave_attention():
     model, ids = tiny_model(), random_ids(1, 15)
     fold(model, DMC(decision="neuron"))
     full, none = (
-        model(ids, use_cache=False, fold_run=FoldRun(zero_out=factor)).logits for factor in (1.0, 0.0)
+        model(ids, use_cache=False, fold_run=FoldRun(zero_out=factor)).logits
+        for factor in (1.0, 0.0)
     )
     dense = model(ids, use_cache=False, fold_run=FoldRun(mode="dense")).logits
     torch.testing.assert_close(full, dense, rtol=0, atol=1e-5)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.retrofit.tiny import make_tokenizer
 
 from cachefold.retrofit.config import DataConfig
 from cachefold.retrofit.data import PackedDataset, load_blocks, split_held_out
+from tests.retrofit.tiny import make_tokenizer
 
 
 def load(path: Path, **options: object) -> list[list[int]]:

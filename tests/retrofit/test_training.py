@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.retrofit.tiny import make_model, recipe
 
 from cachefold.core.decisions import Decisions
 from cachefold.models.fold import FoldRun, fold
@@ -23,6 +22,7 @@ from cachefold.retrofit.config import RetrofitConfig, from_dict
 from cachefold.retrofit.data import PackedDataset
 from cachefold.retrofit.run import load_model, prepare, run_retrofit
 from cachefold.retrofit.trainer import RetrofitDivergedError, RetrofitTrainer
+from tests.retrofit.tiny import make_model, recipe
 
 ROOT = Path(__file__).parents[2]
 
@@ -69,6 +69,7 @@ def test_killed_and_resumed_equals_uninterrupted(workspace: Path) -> None:
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
+    assert process.returncode == -signal.SIGKILL
     assert not (workspace / "killed/final").exists()
     subprocess.run([*command, str(workspace / "killed.json"), "--resume"], check=True, **quiet)
 
@@ -78,6 +79,17 @@ def test_killed_and_resumed_equals_uninterrupted(workspace: Path) -> None:
         assert all(torch.equal(one[key], two[key]) for key in one)
     straight, killed = read_log(workspace / "straight"), read_log(workspace / "killed")
     assert [row["loss"] for row in straight] == [row["loss"] for row in killed]
+
+
+def test_resuming_a_finished_run_changes_nothing(workspace: Path) -> None:
+    config = config_of(workspace, "finished", 8)
+    run_retrofit(config)
+    path, log = workspace / "finished/final/cachefold.safetensors", read_log(workspace / "finished")
+    before = load_file(path)
+    run_retrofit(config, resume=True)
+    after = load_file(path)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert read_log(workspace / "finished") == log
 
 
 def test_folder_in_use_and_changed_recipe_are_refused(workspace: Path) -> None:
@@ -97,9 +109,7 @@ def test_dry_run_writes_nothing(workspace: Path) -> None:
     assert not (workspace / "dry").exists()
 
 
-def test_nan_stops_and_keeps_checkpoints(
-    workspace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nan_stops_and_keeps_checkpoints(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = RetrofitTrainer._distil
 
     def poisoned(self: RetrofitTrainer, *args: Any) -> Any:

