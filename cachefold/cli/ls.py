@@ -1,0 +1,71 @@
+"""`cachefold ls`: what there is to work with."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+KINDS = ("models", "policies", "artefacts", "recipes")
+
+
+def run(
+    what: Annotated[str, typer.Argument(metavar="|".join(KINDS), help="What to list.")],
+) -> None:
+    """List models, policies, artefacts or recipes."""
+    if what not in KINDS:
+        match = difflib.get_close_matches(what, KINDS, n=1)
+        hint = f" Did you mean {match[0]!r}?" if match else ""
+        raise ValueError(f"can't list {what!r}.{hint} Kinds: {', '.join(KINDS)}.")
+    rows = {
+        "models": _models, "policies": _policies, "artefacts": _artefacts, "recipes": _recipes,
+    }[what]()  # fmt: skip
+    lines = list(rows)
+    if not lines:
+        print(f"no {what} found below {Path.cwd()}")
+    width = max((len(name) for name, _ in lines), default=0)
+    for name, about in lines:
+        print(f"{name.ljust(width)}  {about}".rstrip())
+
+
+def _models() -> Iterable[tuple[str, str]]:
+    from cachefold.models.families import SUPPORTED
+    from cachefold.zoo import BASES
+
+    yield from ((name, BASES[name].hub_id) for name in sorted(BASES))
+    yield "FOLDER or HUB/ID", f"any model of these families: {', '.join(SUPPORTED)}"
+
+
+def _policies() -> Iterable[tuple[str, str]]:
+    from dataclasses import fields
+
+    from cachefold.policies import get_policy, list_policies
+
+    for name in list_policies():
+        policy = get_policy(name)
+        options = ", ".join(f"{f.name}={getattr(policy, f.name)}" for f in fields(policy))
+        about = (type(policy).__doc__ or "").strip().splitlines()[0]
+        yield name, f"{about} Options: {options}"
+
+
+def _artefacts() -> Iterable[tuple[str, str]]:
+    found = [*Path("artefacts").glob("*/cachefold.json"), *Path("runs").glob("*/cachefold.json")]
+    for path in sorted([*found, *Path("runs").glob("*/final/cachefold.json")]):
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+            policy, cr = config["policy"], config.get("cr")
+            measured = f", measured {cr:.2f}" if cr else ""
+            about = f"{config['base']['id']}, {policy['name']} cr {policy.get('cr')}{measured}"
+        except (ValueError, KeyError, TypeError) as error:
+            about = f"can't be read: {error}"
+        yield str(path.parent), about
+
+
+def _recipes() -> Iterable[tuple[str, str]]:
+    for path in sorted(Path("recipes").glob("*.yaml")):
+        first = path.read_text(encoding="utf-8").split("\n", 1)[0]
+        yield str(path), first.removeprefix("#").strip() if first.startswith("#") else ""

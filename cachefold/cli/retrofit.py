@@ -1,0 +1,74 @@
+"""`cachefold retrofit`: train a model to fold its cache."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def run(
+    recipe: Annotated[
+        Path, typer.Argument(help="YAML recipe; with --resume also the folder of a run.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Changes, such as policy.cr=4."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check recipe, model and data; train nothing.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in output_dir.")
+    ] = False,
+) -> None:
+    """Train a model to fold its cache, as a recipe says."""
+    from cachefold.retrofit.config import load_recipe
+
+    path = _recipe_path(recipe, resume)
+    config = load_recipe(path, overrides or [])
+    if path != recipe and Path(config.output_dir).resolve() != recipe.resolve():
+        raise ValueError(
+            f"the run in {recipe} was started with output_dir {config.output_dir}; resume from the "
+            "working folder it was started in"
+        )
+    import torch
+    from transformers.utils import logging
+
+    from cachefold.retrofit.run import run_retrofit
+    from cachefold.retrofit.trainer import RetrofitDivergedError
+
+    torch.set_flush_denormal(True)
+    logging.disable_progress_bar()
+    try:
+        facts = run_retrofit(config, resume=resume, dry_run=dry_run)
+    except RetrofitDivergedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
+    except OSError as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+    _show(facts, dry_run)
+
+
+def _recipe_path(recipe: Path, resume: bool) -> Path:
+    if not recipe.is_dir():
+        return recipe
+    if not resume:
+        raise ValueError(f"{recipe} is a folder; add --resume to continue the run there")
+    if not (recipe / "recipe.yaml").is_file():
+        raise ValueError(f"no run to resume in {recipe}: recipe.yaml is missing")
+    return recipe / "recipe.yaml"
+
+
+def _show(facts: dict[str, Any], dry_run: bool) -> None:
+    if dry_run:
+        print(
+            f"{facts['steps']:,} steps, {facts['tokens']:,} tokens from {facts['sequences']:,} "
+            f"sequences, {facts['trainable']:,} trainable parameters; nothing was trained"
+        )
+        return
+    from cachefold.viz import compression_map_blocks, load_map
+
+    print(compression_map_blocks(load_map(facts["folder"])))

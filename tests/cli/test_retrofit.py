@@ -1,0 +1,69 @@
+"""`cachefold retrofit`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.cli.conftest import Run
+from tests.retrofit.tiny import make_workspace, recipe
+
+
+@pytest.fixture(autouse=True)
+def denormals() -> object:
+    yield
+    torch.set_flush_denormal(False)
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli-retrofit")
+    make_workspace(folder)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe(folder, steps=2)))
+    return folder
+
+
+def test_dry_run_trains_nothing(cli: Run, workspace: Path) -> None:
+    out = workspace / "dry"
+    result = cli("retrofit", workspace / "recipe.yaml", f"output_dir={out}", "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "2 steps, 192 tokens" in result.stdout and not out.exists()
+
+
+def test_trains_then_resumes_a_run_folder(cli: Run, workspace: Path) -> None:
+    out = workspace / "out"
+    result = cli("retrofit", workspace / "recipe.yaml", "train.save_every=1")
+    assert result.exit_code == 0, result.output
+    assert "held-out cr" in result.stdout and "compression map" in result.stdout
+    again = cli("retrofit", out)
+    assert again.exit_code == 2 and "--resume" in again.stderr
+    shutil.rmtree(out / "checkpoint-2")
+    shutil.rmtree(out / "final")
+    resumed = cli("retrofit", out, "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    assert "step 1/" not in resumed.stdout and "step 2/2" in resumed.stdout
+    assert (out / "final/cachefold.json").is_file()
+
+
+def test_moved_run_folder_is_refused(cli: Run, workspace: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text((workspace / "recipe.yaml").read_text())
+    result = cli("retrofit", tmp_path, "--resume")
+    assert result.exit_code == 2 and "was started with output_dir" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("train.tokns=3", "tokens"), ("policy.cr=0.5", "must be >= 1"), ("nothing", "override")],
+)
+def test_bad_overrides(cli: Run, workspace: Path, override: str, message: str) -> None:
+    result = cli("retrofit", workspace / "recipe.yaml", override, "--dry-run")
+    assert result.exit_code == 2 and message in result.stderr
+
+
+def test_no_recipe(cli: Run, tmp_path: Path) -> None:
+    assert "no recipe at" in cli("retrofit", tmp_path / "x.yaml").stderr
+    assert "no run to resume" in cli("retrofit", tmp_path, "--resume").stderr

@@ -1,0 +1,59 @@
+"""The command line as a whole."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cachefold.cli import VERBS
+from tests.cli.conftest import Run
+
+PROGRAM = """
+import sys
+from cachefold.cli import app
+try:
+    app(sys.argv[1:])
+except SystemExit as end:
+    assert not end.code, end.code
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize("args", [["--help"], *([verb, "--help"] for verb in VERBS)])
+def test_help_loads_no_torch(args: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *args], capture_output=True, text=True, check=True
+    )
+    assert "Usage:" in done.stdout
+
+
+def test_module_and_version() -> None:
+    command = [sys.executable, "-m", "cachefold", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "0.1.0"
+
+
+def test_unknown_verb_names_the_closest(cli: Run) -> None:
+    result = cli("retrofi", "x")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: unknown verb 'retrofi'. Did you mean 'retrofit'?")
+    assert result.stdout == ""
+
+
+def test_value_error_is_one_line(cli: Run, tmp_path: Path) -> None:
+    result = cli("generate", tmp_path / "nothing", "--prompt", "w1")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert "no cachefold artefact" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_interrupt_exits_130(cli: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cachefold.retrofit.config.load_recipe", interrupt)
+    result = cli("retrofit", "x.yaml")
+    assert result.exit_code == 130 and "Traceback" not in result.output

@@ -1,0 +1,117 @@
+"""generate, explain, demo, ls, env."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from cachefold.cli._artefact import load_artefact
+from cachefold.models.fold import new_cache
+from tests.cli.conftest import Run, words
+
+FOOTER = re.compile(
+    r"seen ([\d,]+) \| kept ([\d,]+) \| cr ([\d.]+) \| cache [\d.]+ MiB \(dense [\d.]+ MiB\)"
+    r" \| [\d.]+ tok/s$"
+)
+
+
+def test_generate_streams_and_counts(cli: Run, folder: Path, tmp_path: Path) -> None:
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text(words(90))
+    args = ("generate", folder / "artefact", "--prompt-file", prompt, "--max-new-tokens", 8)
+    result = cli(*args, "--dtype", "float32")
+    assert result.exit_code == 0, result.output
+    seen, kept, ratio = FOOTER.search(result.stdout.strip()).groups()
+    assert 90 <= int(seen) <= 97
+    assert int(kept) == round(int(seen) / float(ratio)) < int(seen)
+    assert cli(*args, "--dtype", "float32").stdout.split("seen")[0] in result.stdout
+
+
+def test_generate_chat_and_seed(cli: Run, folder: Path) -> None:
+    args = ("generate", folder / "artefact", "--prompt", "w1 w2", "--chat", "--temperature", 1.0)
+    texts = [cli(*args, "--seed", seed).stdout.split("seen")[0] for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "--prompt TEXT or --prompt-file"),
+        (["--prompt", " "], "empty"),
+        (["--prompt-file", "/nowhere/x"], "can't read --prompt-file"),
+        (["--prompt", "w1", "--temperature", "-1"], ">= 0"),
+        (["--prompt", "w1", "--dtype", "int8"], "--dtype must be one of"),
+    ],
+)
+def test_generate_refuses(cli: Run, folder: Path, args: list[str], message: str) -> None:
+    result = cli("generate", folder / "artefact", *args)
+    assert result.exit_code == 2 and message in result.stderr
+
+
+def test_explain_agrees_with_the_cache(cli: Run, folder: Path) -> None:
+    text = words(30, seed=4)
+    result = cli(
+        "explain", folder / "artefact", text, "--layer", 1, "--head", 1, "--dtype", "float32"
+    )
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.split("\n\n")[0].splitlines()
+    rows = [re.split(r"\s{2,}", line) for line in lines[1:]]
+    assert len(rows) == 30 and rows[0][1] == text.split()[0]
+    assert rows[0][4] == "append" and {row[4] for row in rows} == {"append", "merge"}
+    assert rows[3][5] == "after #7" and rows[-1][5] == "not yet"
+    loaded = load_artefact(folder / "artefact", "float32")
+    ids = loaded.tokenizer(text, return_tensors="pt").input_ids
+    cache = new_cache(loaded.model)
+    for i, row in enumerate(rows):
+        loaded.model(ids[:, i : i + 1], past_key_values=cache)
+        assert int(row[9]) == cache.entries()[1][0, 1]
+        assert int(row[9]) == sum(int(cell) for cell in row[6:9])
+
+
+def test_explain_refuses(cli: Run, folder: Path) -> None:
+    args = ("explain", folder / "artefact", "w1")
+    assert "folded layers: 0..1" in cli(*args, "--layer", 2, "--head", 0).stderr
+    assert "--head must be 0..1" in cli(*args, "--layer", 0, "--head", 2).stderr
+
+
+def test_demo_writes_a_summary(cli: Run, folder: Path, tmp_path: Path) -> None:
+    result = cli(
+        "demo", "--artefact", folder / "artefact", "--out", tmp_path / "out", "--tokens", 100,
+        "--data", folder / "data", "--document", "one.jsonl", "--piece-tokens", 64,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "compression map" in result.stdout and "mean" in result.stdout
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["target_cr"] == 2 and summary["tokens_seen"] == (100 + 59) * 2 * 2
+    assert summary["cr"] == pytest.approx(summary["tokens_seen"] / summary["entries_kept"])
+    assert summary["folded_cache_bytes"] < summary["dense_cache_bytes"]
+    assert summary["dense_loss"] > 0 and summary["folded_loss"] > 0
+    assert [file["name"] for file in summary["files"]] == ["one", "two"]
+
+
+def test_ls(cli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "smollm2-135m" in cli("ls", "models").stdout
+    assert "dmc" in cli("ls", "policies").stdout
+    assert "Did you mean 'policies'?" in cli("ls", "polices").stderr
+    monkeypatch.chdir(tmp_path)
+    assert "no recipes found" in cli("ls", "recipes").stdout
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes/a.yaml").write_text("# Half the cache.\nmodel: x\n")
+    assert cli("ls", "recipes").stdout == "recipes/a.yaml  Half the cache.\n"
+    artefact = tmp_path / "runs/x/final"
+    artefact.mkdir(parents=True)
+    config = {"base": {"id": "b"}, "policy": {"name": "dmc", "cr": 2.0}, "cr": 2.0613}
+    (artefact / "cachefold.json").write_text(json.dumps(config))
+    (tmp_path / "artefacts/bad").mkdir(parents=True)
+    (tmp_path / "artefacts/bad/cachefold.json").write_text("{")
+    lines = cli("ls", "artefacts").stdout.splitlines()
+    assert "can't be read" in lines[0]
+    assert lines[1] == "runs/x/final   b, dmc cr 2.0, measured 2.06"
+
+
+def test_env(cli: Run) -> None:
+    lines = cli("env").stdout.splitlines()
+    assert {"cachefold", "torch", "threads", "backends"} <= {line.split()[0] for line in lines}
