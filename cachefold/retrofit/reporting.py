@@ -29,7 +29,7 @@ class Meter:
     def drain(self) -> dict[str, float]:
         """Returns the means and starts again."""
         means = {name: total / self._count for name, total in self._sums.items()}
-        self.__init__()
+        self._sums, self._count = {}, 0
         return means
 
 

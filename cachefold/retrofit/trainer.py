@@ -109,13 +109,17 @@ class RetrofitTrainer(Trainer):
 
     def _hidden(self, model: nn.Module, ids: Tensor, run: FoldRun) -> Tensor:
         """Last hidden states after the final norm, (B, T, E) in the training dtype."""
+        # No token goes through the output embedding here: the loss does that, in chunks.
         dtype = getattr(torch, self.recipe.train.dtype)
         mixed = dtype != torch.float32
         with torch.autocast(ids.device.type, dtype if mixed else None, enabled=mixed):
             output = model(
-                input_ids=ids, logits_to_keep=1, output_hidden_states=True, use_cache=False,
+                input_ids=ids,
+                logits_to_keep=ids.new_empty(0),
+                output_hidden_states=True,
+                use_cache=False,
                 fold_run=run,
-            )  # fmt: skip
+            )
         hidden: Tensor = output.hidden_states[-1]
         return hidden.to(dtype)
 
@@ -136,7 +140,6 @@ class RetrofitTrainer(Trainer):
     @contextmanager
     def _as_teacher(self, model: nn.Module) -> Iterator[nn.Module]:
         if self.teacher is not None:
-            # A model that was never folded does not know the keyword; `_hidden` passes it on.
             yield self.teacher
             return
         for layer in self._adapters:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Gemma2Config, Phi3Config, Qwen3Config
 
 from cachefold.core.decisions import Decisions
 from cachefold.models.fold import FoldRun, fold
@@ -189,6 +190,37 @@ def test_neuron_policy_with_zero_out(workspace: Path) -> None:
     values["policy"] |= {"decision": "neuron"}
     run_retrofit(from_dict(values))
     assert read_log(workspace / "neuron")[0]["target"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("config_class", "options"),
+    [
+        (Phi3Config, {"pad_token_id": 0}),
+        (Qwen3Config, {"head_dim": 8}),
+        (Gemma2Config, {"head_dim": 8, "sliding_window": 16, "final_logit_softcapping": 5.0}),
+    ],
+)
+def test_loss_equals_the_plain_one_in_other_families(
+    workspace: Path, config_class: Any, options: dict[str, Any]
+) -> None:
+    config = config_of(workspace, "family", ce_weight=0.5, compression_weight=0.0)
+    torch.manual_seed(0)
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    model = AutoModelForCausalLM.from_config(config_class(**shape, **heads, **options)).float()
+    prepare(model, config)
+    trainer = RetrofitTrainer(model, config, PackedDataset(torch.zeros(1, 48).long(), length=12))
+    ids = torch.randint(0, 64, (2, 48))
+    loss = trainer.compute_loss(model, {"input_ids": ids})
+    with trainer._noise(ids.device, 0, 0):
+        logits = model(ids, use_cache=False, fold_run=FoldRun(mode="relaxed")).logits
+    target = model(ids, use_cache=False, fold_run=FoldRun(mode="dense")).logits  # LoRA starts at 0
+    logp, logq = logits.log_softmax(-1), target.log_softmax(-1)
+    kd = (logq.exp() * (logq - logp)).sum(-1).mean()
+    ce = torch.nn.functional.nll_loss(logp[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(loss, kd + 0.5 * ce)
+    loss.backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if ".decision." in n)
 
 
 def test_needs_a_teacher(workspace: Path) -> None:
