@@ -18,7 +18,8 @@ def run(
         typer.Argument(metavar="[KEY=VALUE]...", help="Changes, such as policy.cr=4."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check recipe, model and data; train nothing.")
+        bool,
+        typer.Option("--dry-run", help="Print the recipe, try one pass and a checkpoint."),
     ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run in output_dir.")
@@ -42,6 +43,8 @@ def run(
 
     torch.set_flush_denormal(True)
     logging.disable_progress_bar()
+    if dry_run:
+        print(config.to_yaml())
     try:
         facts = run_retrofit(config, resume=resume, dry_run=dry_run)
     except RetrofitDivergedError as error:
@@ -66,7 +69,9 @@ def _show(facts: dict[str, Any], dry_run: bool) -> None:
     if dry_run:
         print(
             f"{facts['steps']:,} steps, {facts['tokens']:,} tokens from {facts['sequences']:,} "
-            f"sequences, {facts['trainable']:,} trainable parameters; nothing was trained"
+            f"sequences, {facts['trainable']:,} trainable parameters\n"
+            f"one forward and backward pass: loss {facts['loss']:.4f}, {facts['seconds']:.1f} s; "
+            "a checkpoint was written and read back; nothing was trained"
         )
         return
     from cachefold.viz import compression_map_blocks, load_map

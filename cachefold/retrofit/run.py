@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import tempfile
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from cachefold.core.accounting import compression_ratio, entries_kept
 from cachefold.core.decisions import Decisions
 from cachefold.models.fold import FoldRun, fold
-from cachefold.models.hub import add_lora, save_folded
-from cachefold.retrofit.checkpoint import prepare_output
+from cachefold.models.hub import add_lora, load_trainable_state, save_folded
+from cachefold.retrofit.checkpoint import WEIGHTS, prepare_output
 from cachefold.retrofit.config import RetrofitConfig
 from cachefold.retrofit.data import PackedDataset, load_blocks, split_held_out
 from cachefold.retrofit.trainer import RetrofitTrainer
@@ -32,11 +35,12 @@ def run_retrofit(
     Args:
         config: the recipe.
         resume: continue the run in `output_dir` from its last checkpoint.
-        dry_run: load, fold and read the data, train nothing and write nothing.
+        dry_run: load, fold, read the data, do one forward and backward pass and write and
+            read back a checkpoint in a temporary folder; nothing stays.
 
     Returns:
-        Facts: `steps`, `tokens`, `sequences`, `trainable` (parameters), and after training
-        `cr` (held-out) and `folder` of the artefact.
+        Facts: `steps`, `tokens`, `sequences`, `trainable` (parameters); after a dry run `loss`
+        and `seconds` of the pass; after training `cr` (held-out) and `folder` of the artefact.
 
     Raises:
         ValueError: anything wrong with recipe, data or output folder.
@@ -55,10 +59,10 @@ def run_retrofit(
         "sequences": len(blocks),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
-    if dry_run:
-        return facts
     length = config.steps * config.train.batch_size * config.train.accumulation
     dataset = PackedDataset(blocks, seed=config.train.seed, length=length)
+    if dry_run:
+        return {**facts, **rehearse(model, config, dataset, teacher)}
     trainer = RetrofitTrainer(model, config, dataset, teacher=teacher)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -70,6 +74,37 @@ def run_retrofit(
 def _check_tensorboard(config: RetrofitConfig) -> None:
     if config.train.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ValueError("train.tensorboard needs tensorboard: pip install tensorboard")
+
+
+def rehearse(
+    model: PreTrainedModel,
+    config: RetrofitConfig,
+    dataset: PackedDataset,
+    teacher: PreTrainedModel | None,
+) -> dict[str, Any]:
+    """One forward and backward pass on the first batch, and a checkpoint written and read back.
+
+    Returns:
+        `loss`, and `seconds` the pass took.
+
+    Raises:
+        RetrofitDivergedError: the loss is no number.
+        ValueError: the checkpoint can't be read back.
+    """
+    items = [dataset[i]["input_ids"] for i in range(config.train.batch_size)]
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = RetrofitTrainer(
+            model, replace(config, output_dir=folder), dataset, teacher=teacher
+        )
+        batch = {"input_ids": torch.stack(items).to(trainer.args.device)}
+        start = time.perf_counter()
+        loss = trainer.compute_loss(trainer.model, batch)
+        loss.backward()
+        seconds = time.perf_counter() - start
+        trainer.save_model(folder)
+        load_trainable_state(model, Path(folder) / WEIGHTS)
+        trainer.report.close()
+    return {"loss": loss.item(), "seconds": seconds}
 
 
 def load_model(config: RetrofitConfig) -> tuple[PreTrainedModel, Any]:

@@ -107,6 +107,7 @@ def test_folder_in_use_and_changed_recipe_are_refused(workspace: Path) -> None:
 def test_dry_run_writes_nothing(workspace: Path) -> None:
     facts = run_retrofit(config_of(workspace, "dry"), dry_run=True)
     assert facts["steps"] == 6 and facts["trainable"] > 0
+    assert facts["loss"] > 0 and facts["seconds"] > 0
     assert not (workspace / "dry").exists()
 
 
