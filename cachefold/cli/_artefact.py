@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 DTYPES = ("bfloat16", "float16", "float32")
 MEBI = 1024 * 1024
+SHIPPED = Path("artefacts/smollm2-135m-cr2")
+REPOSITORY = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,12 @@ class Loaded:
     config: dict[str, Any]
 
 
+def find(path: Path) -> Path:
+    """The path from the working folder, else the same beside the code."""
+    beside = REPOSITORY / path
+    return beside if not path.exists() and beside.exists() else path
+
+
 def load_artefact(folder: Path, dtype: str = "bfloat16") -> Loaded:
     """Loads an artefact and its base model (zoo name, folder or hub id), on CUDA when there.
 
@@ -32,7 +40,8 @@ def load_artefact(folder: Path, dtype: str = "bfloat16") -> Loaded:
     """
     if dtype not in DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
-    if not (Path(folder) / "cachefold.json").is_file():  # before the slow imports
+    folder = find(folder)
+    if not (folder / "cachefold.json").is_file():  # before the slow imports
         raise ValueError(
             f"{folder} is no cachefold artefact: cachefold.json is missing. `cachefold ls "
             "artefacts` shows those nearby; `cachefold retrofit` makes one (RUN/final)"
@@ -68,6 +77,12 @@ def load_base_model(name: str, dtype: Any) -> tuple[PreTrainedModel, Any]:
         return model.eval(), AutoTokenizer.from_pretrained(name)
     except OSError as error:
         raise ValueError(f"can't load base model {name}: {error}") from error
+
+
+def load_base_of(loaded: Loaded) -> PreTrainedModel:
+    """Loads the original model of an artefact once more, in the dtype of the folded one."""
+    model, _ = load_base_model(str(loaded.config["base"]["id"]), loaded.model.dtype)
+    return model.to(loaded.model.device)  # type: ignore[arg-type]  # transformers' own stub
 
 
 def greedy_or_sample(model: PreTrainedModel, temperature: float) -> dict[str, Any]:

@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cachefold.cli._artefact import SHIPPED, find
+
 if TYPE_CHECKING:
     from cachefold.cache.folded import FoldedCache
     from cachefold.cli._artefact import Loaded
 
-REPOSITORY = Path(__file__).parents[2]
 NEW_TOKENS = 60
 
 
 def run(
     artefact: Annotated[
         Path, typer.Option(help="Folder that a retrofit wrote; sought here, then beside the code.")
-    ] = Path("artefacts/smollm2-135m-cr2"),
+    ] = SHIPPED,
     out: Annotated[Path, typer.Option(help="Folder for summary.json.")] = Path("runs/demo"),
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of the document to read.")] = 1600,
     data: Annotated[Path, typer.Option(help="Folder of held-out text.")] = Path("data/heldout"),
@@ -29,7 +30,7 @@ def run(
     piece_tokens: Annotated[int, typer.Option(min=2, help="Tokens of a piece.")] = 1024,
 ) -> None:
     """Continue a real document with a folded cache and measure what folding costs."""
-    artefact, data = _find(artefact), _find(data)
+    data = find(data)
     files = sorted(data.glob("*.jsonl.gz")) + sorted(data.glob("*.jsonl"))
     if data / document not in files:
         names = ", ".join(file.name for file in files) or "no .jsonl or .jsonl.gz file"
@@ -44,12 +45,6 @@ def run(
     partial.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, out / "summary.json")
     print(f"summary written to {out / 'summary.json'}")
-
-
-def _find(path: Path) -> Path:
-    """The path here, else beside the code."""
-    beside = REPOSITORY / path
-    return beside if not path.exists() and beside.exists() else path
 
 
 def _continue(loaded: Loaded, document: Path, tokens: int) -> FoldedCache:
@@ -93,13 +88,15 @@ def _facts(loaded: Loaded, cache: FoldedCache) -> dict[str, Any]:
 
 def _losses(loaded: Loaded, files: list[Path], pieces: int, tokens: int) -> dict[str, Any]:
     """Held-out loss, dense against folded; a line per file, then the mean over pieces."""
+    from cachefold.cli._artefact import load_base_of
     from cachefold.evaluation.perplexity import heldout_loss
 
+    base = None if loaded.config["lora_rank"] else load_base_of(loaded)
     print(f"held-out loss in nats/token, {tokens:,}-token pieces:", flush=True)
     results = []
     for file in files:
         [result] = heldout_loss(
-            loaded.model, loaded.tokenizer, [file], pieces=pieces, tokens=tokens
+            loaded.model, loaded.tokenizer, [file], pieces=pieces, tokens=tokens, base=base
         )
         _line(result.name, result.dense_loss, result.folded_loss, f"  cr {result.cr:.2f}")
         results.append(result)

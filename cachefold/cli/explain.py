@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cachefold.cli._artefact import SHIPPED
+
 if TYPE_CHECKING:
     from cachefold.core.decisions import Decisions
 
@@ -17,10 +19,10 @@ HEADER = (
 
 
 def run(
-    artefact: Annotated[Path, typer.Argument(help="Folder that a retrofit wrote.")],
     text: Annotated[str, typer.Argument(help="Text to look at.")],
-    layer: Annotated[int, typer.Option(help="Layer, from 0.")],
-    head: Annotated[int, typer.Option(help="Key-value head, from 0.")],
+    layer: Annotated[int, typer.Option(help="Layer, from 0.")] = 0,
+    head: Annotated[int, typer.Option(help="Key-value head, from 0.")] = 0,
+    artefact: Annotated[Path, typer.Option(help="Folder that a retrofit wrote.")] = SHIPPED,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
 ) -> None:
     """Show what one head decides for every token of a text."""

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cachefold.cli._artefact import SHIPPED
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -16,7 +18,6 @@ if TYPE_CHECKING:
 
 
 def run(
-    artefact: Annotated[Path, typer.Argument(help="Folder that a retrofit wrote.")],
     prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
     prompt_file: Annotated[
         Path | None, typer.Option(help="File with the text to continue; - for stdin.")
@@ -27,6 +28,7 @@ def run(
     chat: Annotated[
         bool, typer.Option("--chat", help="Put the prompt into the chat template.")
     ] = False,
+    artefact: Annotated[Path, typer.Option(help="Folder that a retrofit wrote.")] = SHIPPED,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
 ) -> None:
     """Continue a prompt, then say what the cache kept."""

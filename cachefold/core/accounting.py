@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Tensor
 
 
@@ -26,6 +28,27 @@ def entries_kept(alpha: Tensor, valid: Tensor, delay: int) -> Tensor:
     return appended + in_ring[:, None]
 
 
+def count_entries(alphas: Iterable[Tensor], valid: Tensor, delay: int) -> tuple[int, int]:
+    """Tokens seen and entries kept, totals over layers, heads and the batch; padding left out.
+
+    Args:
+        alphas: (B, K, T) hard decisions of each layer; see `entries_kept`.
+        valid: (B, T) bool, False at padding.
+        delay: tokens kept exact (the ring).
+
+    >>> import torch
+    >>> alpha = torch.tensor([[[0., 1, 0, 1], [0., 0, 0, 0]]])
+    >>> count_entries([alpha], torch.ones(1, 4, dtype=torch.bool), 0)
+    (8, 6)
+    """
+    tokens = int(valid.sum())
+    seen = kept = 0
+    for alpha in alphas:
+        seen += tokens * alpha.shape[1]
+        kept += int(entries_kept(alpha, valid, delay).sum())
+    return seen, kept
+
+
 def compression_ratio(tokens: int | float, entries: int | float) -> float:
     """Tokens seen / entries kept, both totals over heads and layers; 1.0 for an empty cache.
 
@@ -35,10 +58,10 @@ def compression_ratio(tokens: int | float, entries: int | float) -> float:
     return float(tokens) / float(entries) if entries else 1.0
 
 
-def cache_bytes(num_entries: int, head_dim: int, itemsize: int) -> int:
-    """Bytes of the keys and values of `num_entries` entries of one head.
+def cache_bytes(num_entries: int, key_dim: int, value_dim: int, itemsize: int) -> int:
+    """Bytes of the keys and values of `num_entries` entries, counted over all heads.
 
-    >>> cache_bytes(10, 64, 2)
+    >>> cache_bytes(10, 64, 64, 2)
     2560
     """
-    return 2 * num_entries * head_dim * itemsize
+    return num_entries * (key_dim + value_dim) * itemsize

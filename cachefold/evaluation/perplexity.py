@@ -52,15 +52,18 @@ def heldout_loss(
     *,
     pieces: int = 6,
     tokens: int = 1024,
+    base: PreTrainedModel | None = None,
 ) -> list[HeldOutLoss]:
     """Measures the loss increase of a folded model over its own base.
 
     Args:
-        model: a folded model; its adapters are off for the dense loss.
+        model: a folded model.
         tokenizer: of the model.
         files: local .jsonl/.txt (.gz), each measured on its own.
         pieces: most pieces of each file, from its beginning on.
         tokens: tokens of a piece.
+        base: the original model, needed when all weights were trained; None = the folded model
+            itself with its adapters off, which is the original when only they were trained.
 
     Returns:
         One result per file.
@@ -70,19 +73,23 @@ def heldout_loss(
     """
     if not is_folded(model):
         raise ValueError("the model is not folded; load an artefact or call fold(model, policy)")
-    return [_measure_file(model, tokenizer, Path(file), pieces, tokens) for file in files]
+    return [_measure_file(model, base, tokenizer, Path(file), pieces, tokens) for file in files]
 
 
 @torch.no_grad()
 def _measure_file(
-    model: PreTrainedModel, tokenizer: Any, file: Path, pieces: int, tokens: int
+    model: PreTrainedModel,
+    base: PreTrainedModel | None,
+    tokenizer: Any,
+    file: Path,
+    pieces: int,
+    tokens: int,
 ) -> HeldOutLoss:
     blocks = load_blocks(DataConfig(files=[str(file)], seq_len=tokens), tokenizer)[:pieces]
     pieces = len(blocks)
     dense, folded, seen, kept = 0.0, 0.0, 0, 0
     for piece in blocks[:, None]:
-        with adapters_disabled(model):
-            dense += _loss(model, piece, FoldRun(mode="dense"))
+        dense += _dense_loss(model, base, piece)
         decisions: dict[int, Decisions] = {}
         folded += _loss(model, piece, FoldRun(recorder=decisions))
         assert decisions, "no layer decided: folding was not seen"
@@ -98,11 +105,19 @@ def _measure_file(
     )  # fmt: skip
 
 
-def _loss(model: PreTrainedModel, ids: Tensor, run: FoldRun) -> float:
+def _dense_loss(model: PreTrainedModel, base: PreTrainedModel | None, ids: Tensor) -> float:
+    if base is not None:
+        return _loss(base, ids)
+    with adapters_disabled(model):
+        return _loss(model, ids, FoldRun(mode="dense"))
+
+
+def _loss(model: PreTrainedModel, ids: Tensor, run: FoldRun | None = None) -> float:
     """Mean nats/token of (1, T) ids, logits by chunks in float32."""
     ids = ids.to(next(model.parameters()).device)
+    how: dict[str, Any] = {} if run is None else {"fold_run": run}
     output = model(
-        input_ids=ids, logits_to_keep=1, output_hidden_states=True, use_cache=False, fold_run=run
+        input_ids=ids, logits_to_keep=1, output_hidden_states=True, use_cache=False, **how
     )
     hidden, head = output.hidden_states[-1][0, :-1], model.get_output_embeddings()
     cap = getattr(model.config, "final_logit_softcapping", None)

@@ -8,54 +8,23 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from cachefold.models.fold import fold, is_folded
+from cachefold.models.lora import add_lora, lora_rank
+from cachefold.models.lora import adapters_disabled as adapters_disabled  # TEMP
 from cachefold.policies import get_policy
 
 WEIGHTS = "cachefold.safetensors"
 CONFIG = "cachefold.json"
 FORMAT = 1
-
-
-def add_lora(model: PreTrainedModel, rank: int) -> PreTrainedModel:
-    """Adds LoRA (alpha = 2 * rank) to the attention projections, in place; freezes the base.
-
-    Decision modules stay trainable. The class of the model does not change.
-    """
-    model.requires_grad_(False)
-    fused = any(name.endswith("qkv_proj") for name, _ in model.named_modules())
-    targets = ["qkv_proj", "o_proj"] if fused else ["q_proj", "k_proj", "v_proj", "o_proj"]
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets), model)
-    for name, parameter in model.named_parameters():
-        if ".decision." in name or "lora_" in name:
-            parameter.requires_grad_(True)
-            parameter.data = parameter.data.float()
-    return model
-
-
-@contextmanager
-def adapters_disabled(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """Turns LoRA off for the length of a `with` block; with it off the base weights are alone."""
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    for layer in layers:
-        layer.enable_adapters(False)
-    try:
-        yield model
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)
 
 
 def trainable_state(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -122,7 +91,7 @@ def save_folded(
         "format": FORMAT,
         "base": base,
         "policy": model.config.cachefold,
-        "lora_rank": _lora_rank(model),
+        "lora_rank": lora_rank(model),
         **(extra or {}),
     }
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -131,11 +100,6 @@ def save_folded(
         for name in (WEIGHTS, CONFIG):
             os.replace(Path(scratch) / name, folder / name)
     return folder
-
-
-def _lora_rank(model: PreTrainedModel) -> int:
-    ranks = [p.shape[0] for name, p in model.named_parameters() if ".lora_A." in name]
-    return ranks[0] if ranks else 0
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, TypeVar
 
+from cachefold.core.names import closest
+
 _POLICIES: dict[str, type] = {}
 _Policy = TypeVar("_Policy", bound=type)
-
-
-def closest(name: str, allowed: list[str]) -> str:
-    """Returns ` Did you mean 'x'?` for the nearest allowed name, or nothing.
-
-    >>> closest("tovaa", ["dmc", "tova"])
-    " Did you mean 'tova'?"
-    """
-    match = difflib.get_close_matches(name, allowed, n=1)
-    return f" Did you mean {match[0]!r}?" if match else ""
 
 
 def register(name: str) -> Callable[[_Policy], _Policy]:

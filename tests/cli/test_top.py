@@ -44,7 +44,7 @@ def test_unknown_verb_names_the_closest(cli: Run) -> None:
 
 
 def test_value_error_is_one_line(cli: Run, tmp_path: Path) -> None:
-    result = cli("generate", tmp_path / "nothing", "--prompt", "w1")
+    result = cli("generate", "--artefact", tmp_path / "nothing", "--prompt", "w1")
     assert result.exit_code == 2
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert "no cachefold artefact" in result.stderr and "Traceback" not in result.stderr

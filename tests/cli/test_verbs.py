@@ -21,7 +21,15 @@ FOOTER = re.compile(
 def test_generate_streams_and_counts(cli: Run, folder: Path, tmp_path: Path) -> None:
     prompt = tmp_path / "prompt.txt"
     prompt.write_text(words(90))
-    args = ("generate", folder / "artefact", "--prompt-file", prompt, "--max-new-tokens", 8)
+    args = (
+        "generate",
+        "--artefact",
+        folder / "artefact",
+        "--prompt-file",
+        prompt,
+        "--max-new-tokens",
+        8,
+    )
     result = cli(*args, "--dtype", "float32")
     assert result.exit_code == 0, result.output
     seen, kept, ratio = FOOTER.search(result.stdout.strip()).groups()
@@ -31,7 +39,16 @@ def test_generate_streams_and_counts(cli: Run, folder: Path, tmp_path: Path) -> 
 
 
 def test_generate_chat_and_seed(cli: Run, folder: Path) -> None:
-    args = ("generate", folder / "artefact", "--prompt", "w1 w2", "--chat", "--temperature", 1.0)
+    args = (
+        "generate",
+        "--artefact",
+        folder / "artefact",
+        "--prompt",
+        "w1 w2",
+        "--chat",
+        "--temperature",
+        1.0,
+    )
     texts = [cli(*args, "--seed", seed).stdout.split("seen")[0] for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
 
@@ -47,14 +64,23 @@ def test_generate_chat_and_seed(cli: Run, folder: Path) -> None:
     ],
 )
 def test_generate_refuses(cli: Run, folder: Path, args: list[str], message: str) -> None:
-    result = cli("generate", folder / "artefact", *args)
+    result = cli("generate", "--artefact", folder / "artefact", *args)
     assert result.exit_code == 2 and message in result.stderr
 
 
 def test_explain_agrees_with_the_cache(cli: Run, folder: Path) -> None:
     text = words(30, seed=4)
     result = cli(
-        "explain", folder / "artefact", text, "--layer", 1, "--head", 1, "--dtype", "float32"
+        "explain",
+        "--artefact",
+        folder / "artefact",
+        text,
+        "--layer",
+        1,
+        "--head",
+        1,
+        "--dtype",
+        "float32",
     )
     assert result.exit_code == 0, result.output
     lines = result.stdout.split("\n\n")[0].splitlines()
@@ -72,7 +98,7 @@ def test_explain_agrees_with_the_cache(cli: Run, folder: Path) -> None:
 
 
 def test_explain_refuses(cli: Run, folder: Path) -> None:
-    args = ("explain", folder / "artefact", "w1")
+    args = ("explain", "--artefact", folder / "artefact", "w1")
     assert "folded layers: 0..1" in cli(*args, "--layer", 2, "--head", 0).stderr
     assert "--head must be 0..1" in cli(*args, "--layer", 0, "--head", 2).stderr
 

@@ -47,3 +47,12 @@ def test_the_loss_is_the_usual_cross_entropy(tmp_path):
 def test_a_dense_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match="not folded"):
         heldout_loss(tiny_model(), _Characters(), [_text_file(tmp_path)])
+
+
+def test_trained_weights_are_compared_with_the_base_given(tmp_path):
+    trained, file = fold(tiny_model(), DMC()), _text_file(tmp_path)
+    for parameter in trained.model.layers.parameters():
+        parameter.data *= 1.5
+    (result,) = heldout_loss(trained, _Characters(), [file], pieces=1, tokens=64, base=tiny_model())
+    (fresh,) = heldout_loss(fold(tiny_model(), DMC()), _Characters(), [file], pieces=1, tokens=64)
+    assert result.dense_loss == fresh.dense_loss != result.folded_loss
