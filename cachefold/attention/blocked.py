@@ -1,7 +1,7 @@
 """The training form of `reference.parallel`: exact keys in a band of blocks, not a full square.
 
 Same result, about half the work: no cache, so the stream is the whole text and every token
-asks. Legend as in `reference`; W = delay, the block length.
+asks. Legend as in `call`; W = delay, the block length.
 """
 
 from __future__ import annotations
@@ -10,63 +10,47 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cachefold.attention.reference import HIDDEN, log_survival
+from cachefold.attention.call import HIDDEN, AttentionCall, capped, log_survival
 
 
-def parallel(
-    query: Tensor,
-    exact_key: Tensor,
-    exact_value: Tensor,
-    merged_key: Tensor,
-    merged_value: Tensor,
-    alpha: Tensor,
-    *,
-    delay: int,
-    scaling: float,
-    valid: Tensor,
-    softcap: float | None = None,
-) -> Tensor:
-    """Attends from every token of a text to its folded past; see `reference.parallel`.
-
-    Args:
-        query: (B, H, T, D), rotated.
-        exact_key: (B, K, T, D), rotated.
-        exact_value: (B, K, T, D).
-        merged_key: (B, K, T, D), rotated.
-        merged_value: (B, K, T, D).
-        alpha: (B, K, T).
-        delay: tokens that stay exact.
-        scaling: factor on the scores.
-        valid: (B, T) bool.
-        softcap: tanh cap on the scores.
+def parallel(call: AttentionCall) -> Tensor:
+    """Attends from every token of a text to its folded past; no entries from before it.
 
     Returns:
-        (B, H, T, D).
+        (B, H, T, Dv) in the dtype of the query.
+
+    A lone token sees only itself:
+
+    >>> one = torch.ones(1, 1, 1, 2)
+    >>> call = AttentionCall(
+    ...     query=one, exact_key=one, exact_value=3 * one, merged_key=one, merged_value=one,
+    ...     alpha=torch.zeros(1, 1, 1), valid=torch.ones(1, 1, dtype=torch.bool), delay=1,
+    ...     scaling=1.0)
+    >>> parallel(call).flatten().tolist()
+    [3.0, 3.0]
     """
-    tokens = query.shape[2]
-    query = query * scaling
-    merged = _cap(_grouped_scores(query, merged_key), softcap) + _merged_bias(alpha, valid, delay)
+    tokens, delay, softcap = call.query.shape[2], call.delay, call.softcap
+    assert tokens == call.alpha.shape[-1] and call.closed_key is None and not call.num_prefix
+    query = call.query * call.scaling
+    bias = _merged_bias(call.alpha, call.valid, delay)
+    merged = capped(_grouped_scores(query, call.merged_key), softcap) + bias
     if delay == 0:
         probabilities = torch.softmax(merged, -1).to(query.dtype)
-        return (probabilities @ _ungroup(merged_value)).flatten(1, 2)
-    near = _cap(_band_scores(query, exact_key, delay), softcap) + _band_bias(valid, delay)
+        return (probabilities @ _ungroup(call.merged_value)).flatten(1, 2)
+    near = capped(_band_scores(query, call.exact_key, delay), softcap)
+    near = near + _band_bias(call.valid, delay)
     scores = torch.cat([merged, near.flatten(3, 4)[:, :, :, :tokens]], -1)
     probabilities = torch.softmax(scores, -1).to(query.dtype)
     far_part, near_part = probabilities.split([tokens, 2 * delay], -1)
-    out = far_part @ _ungroup(merged_value)
+    out = far_part @ _ungroup(call.merged_value)
     near_part = F.pad(near_part, (0, 0, 0, -tokens % delay)).unflatten(3, (-1, delay))
-    near_out = near_part @ _band(exact_value, delay)[:, :, None]
+    near_out = near_part @ _band(call.exact_value, delay)[:, :, None]
     return (out + near_out.flatten(3, 4)[:, :, :, :tokens]).flatten(1, 2)
 
 
 def _ungroup(tensor: Tensor) -> Tensor:
     """(B, K, T, D) -> (B, K, 1, T, D), to broadcast over the query group."""
     return tensor[:, :, None]
-
-
-def _cap(scores: Tensor, softcap: float | None) -> Tensor:
-    scores = scores if scores.dtype == torch.float64 else scores.float()
-    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 
 def _grouped_scores(query: Tensor, key: Tensor) -> Tensor:

@@ -1,9 +1,6 @@
 """Plain torch attention of delayed merging: the ground truth every kernel must match.
 
-Legend: B batch, H query heads, K kv heads, G = H / K, N stream tokens, Q queries, S closed
-entries, D head dim. With delay w, query i sees the exact keys (i-w, i] and the running entries
-of the tokens j <= i-w: with bias log(1 - alpha[j+1]) for j < i-w (superseded if j+1 merged into
-it), with none for j = i-w, the entry still open.
+Legend and definition: `cachefold.attention.call`.
 """
 
 from __future__ import annotations
@@ -11,69 +8,43 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-HIDDEN = -1e30
-"""Bias on a column that must not be seen; finite, so that a padding query gives no NaN."""
+from cachefold.attention.call import HIDDEN, AttentionCall, capped, log_survival
 
 
-def parallel(
-    query: Tensor,
-    exact_key: Tensor,
-    exact_value: Tensor,
-    merged_key: Tensor,
-    merged_value: Tensor,
-    alpha: Tensor,
-    *,
-    delay: int,
-    scaling: float,
-    valid: Tensor,
-    closed_key: Tensor | None = None,
-    closed_value: Tensor | None = None,
-    closed_mask: Tensor | None = None,
-    softcap: float | None = None,
-    num_prefix: int = 0,
-) -> Tensor:
+def parallel(call: AttentionCall) -> Tensor:
     """Attends from the last Q stream tokens.
 
-    Args:
-        query: (B, H, Q, D), rotated.
-        exact_key: (B, K, N, D), rotated.
-        exact_value: (B, K, N, D).
-        merged_key: (B, K, N, D) running mean keys, rotated at their newest token.
-        merged_value: (B, K, N, D).
-        alpha: (B, K, N) in [0, 1].
-        delay: w, tokens that stay exact.
-        scaling: factor on the scores.
-        valid: (B, N) bool, or (B, K, N); False at padding.
-        closed_key: (B, K, S, D) entries closed before this stream, rotated.
-        closed_value: (B, K, S, D).
-        closed_mask: (B, K, S) bool, True where an entry exists.
-        softcap: tanh cap on the scores (Gemma 2).
-        num_prefix: first stream tokens that carry the open entry: never exact, and only the
-            last of them is an entry.
-
     Returns:
-        (B, H, Q, D) in the dtype of `query`.
+        (B, H, Q, Dv) in the dtype of the query.
+
+    A lone token sees only itself:
+
+    >>> one = torch.ones(1, 1, 1, 2)
+    >>> call = AttentionCall(
+    ...     query=one, exact_key=one, exact_value=3 * one, merged_key=one, merged_value=one,
+    ...     alpha=torch.zeros(1, 1, 1), valid=torch.ones(1, 1, dtype=torch.bool), delay=1,
+    ...     scaling=1.0)
+    >>> parallel(call).flatten().tolist()
+    [3.0, 3.0]
     """
-    groups = query.shape[1] // exact_key.shape[1]
-    grouped = query.unflatten(1, (-1, groups)) * scaling  # (B, K, G, Q, D)
-    num_queries = query.shape[2]
-    exact = _scores(grouped, exact_key, softcap)
-    merged = _scores(grouped, merged_key, softcap)
-    exact_bias, merged_bias = _biases(alpha, valid, delay, num_queries, num_prefix)
+    query = call.query
+    groups = query.shape[1] // call.exact_key.shape[1]
+    grouped = query.unflatten(1, (-1, groups)) * call.scaling  # (B, K, G, Q, D)
+    exact = _scores(grouped, call.exact_key, call.softcap)
+    merged = _scores(grouped, call.merged_key, call.softcap)
+    exact_bias, merged_bias = _biases(call)
     columns = [exact + exact_bias, merged + merged_bias]
-    values = [exact_value, merged_value]
-    if closed_key is not None and closed_key.shape[2]:
-        assert closed_value is not None and closed_mask is not None
-        hidden = ~closed_mask[:, :, None, None, :]
+    values = [call.exact_value, call.merged_value]
+    if call.closed_key is not None and call.closed_key.shape[2]:
+        assert call.closed_value is not None and call.closed_mask is not None
+        hidden = ~call.closed_mask[:, :, None, None, :]
+        columns.append(_scores(grouped, call.closed_key, call.softcap).masked_fill(hidden, HIDDEN))
         # Buffers hold garbage beyond their length, NaN included: 0 * NaN must not reach the sum.
-        closed_value = closed_value.masked_fill(~closed_mask[..., None], 0.0)
-        columns.append(_scores(grouped, closed_key, softcap).masked_fill(hidden, HIDDEN))
-        values.append(closed_value)
+        values.append(call.closed_value.masked_fill(~call.closed_mask[..., None], 0.0))
     probabilities = torch.softmax(torch.cat(columns, -1), -1).to(query.dtype)
-    out = torch.zeros_like(grouped)
-    for part, value in zip(
-        probabilities.split([v.shape[2] for v in values], -1), values, strict=True
-    ):
+    parts = probabilities.split([value.shape[2] for value in values], -1)
+    out = _weighted(parts[0], values[0].to(query.dtype))
+    for part, value in zip(parts[1:], values[1:], strict=True):
         out = out + _weighted(part, value.to(query.dtype))
     return out.flatten(1, 2)
 
@@ -82,27 +53,24 @@ def _scores(grouped: Tensor, key: Tensor, softcap: float | None) -> Tensor:
     """(B, K, G, Q, D) x (B, K, S, D) -> (B, K, G, Q, S) in at least float32."""
     groups = grouped.shape[2]
     scores = grouped.flatten(2, 3) @ key.to(grouped.dtype).transpose(-1, -2)
-    scores = scores.unflatten(2, (groups, -1))
-    scores = scores if scores.dtype == torch.float64 else scores.float()
-    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    return capped(scores.unflatten(2, (groups, -1)), softcap)
 
 
 def _weighted(probabilities: Tensor, value: Tensor) -> Tensor:
+    """(B, K, G, Q, S) x (B, K, S, Dv) -> (B, K, G, Q, Dv)."""
     groups = probabilities.shape[2]
     return (probabilities.flatten(2, 3) @ value).unflatten(2, (groups, -1))
 
 
-def _biases(
-    alpha: Tensor, valid: Tensor, delay: int, num_queries: int, num_prefix: int
-) -> tuple[Tensor, Tensor]:
+def _biases(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Biases on exact and merged columns, (B, K, 1, Q, N) each."""
+    alpha, delay = call.alpha, call.delay
     num_tokens = alpha.shape[-1]
     column = torch.arange(num_tokens, device=alpha.device)
-    row = column[num_tokens - num_queries :, None]
-    valid = valid if valid.dim() == 3 else valid[:, None]
-    valid = valid[:, :, None, None, :]
-    is_exact = (column <= row) & (column > row - delay) & (column >= num_prefix)
-    is_merged = (column <= row - delay) & (column >= num_prefix - 1)
+    row = column[num_tokens - call.query.shape[2] :, None]
+    valid = call.valid[:, None, None, None, :]
+    is_exact = (column <= row) & (column > row - delay) & (column >= call.num_prefix)
+    is_merged = (column <= row - delay) & (column >= call.num_prefix - 1)
     dtype = torch.float64 if alpha.dtype == torch.float64 else torch.float32
     zero = torch.zeros((), dtype=dtype, device=alpha.device)
     exact_bias = torch.where(is_exact & valid, zero, HIDDEN)
@@ -110,13 +78,3 @@ def _biases(
     survives = log_survival(alpha.to(dtype))[:, :, None, None, :]
     merged_bias = torch.where(still_open, zero, survives)
     return exact_bias, merged_bias.masked_fill(~(is_merged & valid), HIDDEN)
-
-
-def log_survival(alpha: Tensor) -> Tensor:
-    """log(1 - alpha of the next token), (B, K, N); the last column has no successor: 0.
-
-    Clamped below so that the gradient stays finite; alpha = 1 exactly hides the column.
-    """
-    keep = 1.0 - torch.cat([alpha[..., 1:], torch.zeros_like(alpha[..., :1])], -1)
-    log = torch.log(keep.clamp(min=1e-7))
-    return log.masked_fill(keep <= 0, HIDDEN)

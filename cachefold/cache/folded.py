@@ -26,6 +26,11 @@ class FoldedCache(Cache):
 
     Raises:
         ValueError: an index out of range, or a layer whose cache can't be folded.
+
+    >>> from transformers import LlamaConfig
+    >>> cache = FoldedCache(LlamaConfig(num_hidden_layers=2), folded_layers=[0, 1], delay=4)
+    >>> cache.compression_ratio(), cache.nbytes()
+    (1.0, 0)
     """
 
     def __init__(
@@ -49,6 +54,15 @@ class FoldedCache(Cache):
         self.folded_layers = sorted(folded_layers)
         self.delay = delay
         self.window = window
+        text = config.get_text_config(decoder=True)
+        self.num_kv_heads: int = (
+            getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        )
+        self.head_dim: int = (
+            getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        )
+        self.dtype: Any = text.dtype
+        """Of the model's weights as its config has it; None = not said."""
 
     def _folded(self) -> list[FoldedLayer]:
         layers: list[Any] = self.layers
@@ -106,7 +120,7 @@ class FoldedCache(Cache):
         storage.save(self, path)
 
     def load(self, path: str | Path, device: torch.device | str = "cpu") -> FoldedCache:
-        """Fills this cache from a file that `save` wrote; returns itself.
+        """Fills this cache from a file that `save` wrote; returns itself, filled or unchanged.
 
         Raises:
             ValueError: not such a file, or of another model or policy.
@@ -130,7 +144,7 @@ def _entry_bytes(layer: FoldedLayer) -> int:
     """Bytes of the key and value of one entry of one head."""
     assert layer.closed_key is not None and layer.closed_value is not None
     key, value = layer.closed_key, layer.closed_value
-    return key.shape[-1] * key.element_size() + value.shape[-1] * value.element_size()
+    return accounting.cache_bytes(1, key.shape[-1], value.shape[-1], key.element_size())
 
 
 def _held(layer: Any) -> list[Tensor]:

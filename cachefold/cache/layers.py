@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from cachefold.cache.stream import Stream, Tokens, concatenate
+from cachefold.cache.stream import Stream, Tokens, clean, concatenate
 from cachefold.core.decisions import constrain
 from cachefold.core.merging import running_means
 from cachefold.core.rotary import rotate
@@ -28,16 +28,23 @@ class FoldedLayer(CacheLayerMixin):
     """Folds the tokens of one attention layer. For inference: what it stores carries no gradient.
 
     Args:
-        delay: tokens kept exact; None takes the value of the first `extend`.
+        delay: tokens kept exact.
         window: most tokens an entry averages; None = no bound.
+
+    Raises:
+        ValueError: delay or window out of range.
     """
 
     is_compileable = False
     is_croppable = False
     is_sliding = False
 
-    def __init__(self, delay: int | None = None, window: int | None = None) -> None:
+    def __init__(self, delay: int, window: int | None = None) -> None:
         super().__init__()
+        if delay < 0 or (window is not None and window < 1):
+            raise ValueError(
+                f"delay must be >= 0 and window >= 1 or None; got delay={delay}, window={window}"
+            )
         self.delay = delay
         self.window = window
         self._clear()
@@ -62,99 +69,79 @@ class FoldedLayer(CacheLayerMixin):
         self.valid_seen = torch.zeros(batch, dtype=torch.int64, device=self.device)
         self.is_initialized = True
 
-    def extend(
-        self,
-        key: Tensor,
-        value: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        alpha: Tensor,
-        omega: Tensor,
-        valid: Tensor,
-        *,
-        delay: int,
-        window: int | None,
-    ) -> Stream:
+    def extend(self, new: Tokens, key_scale: Tensor | None = None) -> Stream:
         """Adds tokens: returns what they may attend to, then folds what leaves the ring.
 
         Args:
-            key: (B, K, T, D), before rotary embedding, T >= 1.
-            value: (B, K, T, Dv).
-            cos: (B, T, R) or (1, T, R).
-            sin: as `cos`.
-            alpha: (B, K, T) hard decisions; forced to 0 where there is nothing to merge into.
-            omega: (B, K, T) > 0.
-            valid: (B, T) bool, False at padding, which is never stored as an entry.
-            delay: tokens kept exact.
-            window: most tokens an entry averages; None = no bound.
+            new: T >= 1 tokens with hard decisions; `cos` and `sin` may have batch 1, `alpha` is
+                forced to 0 where there is nothing to merge into, padding is never stored as an
+                entry.
+            key_scale: (D,) factors on the keys of entries that close, after their rotation; the
+                caller does the same to the keys of the stream.
 
         Returns:
             The stream, with the entries closed before this call.
 
         Raises:
-            ValueError: delay or window out of range, or other than in earlier calls.
+            ValueError: other shapes or another dtype than in earlier calls.
         """
-        self._check(delay, window)
         if not self.is_initialized:
-            self.lazy_initialization(key, value)
-        assert self.lengths is not None and self.valid_seen is not None
-        assert self.closed_key is not None and self.closed_value is not None
-        batch = key.shape[0]
-        padding = ~valid[:, None, :, None]
-        new = Tokens(
-            # Whatever stands at padding, NaN included, must not reach a sum.
-            key.masked_fill(padding, 0.0),
-            value.masked_fill(padding, 0.0),
-            cos.expand(batch, -1, -1),
-            sin.expand(batch, -1, -1),
-            alpha,
-            omega if omega.dtype == torch.float64 else omega.float(),
-            valid,
+            self.lazy_initialization(new.key, new.value)
+        self._check(new)
+        assert self.valid_seen is not None
+        tokens = concatenate(
+            [part for part in (self.tail, self.ring, clean(new)) if part is not None]
         )
-        num_prefix = 0 if self.tail is None else self.tail.valid.shape[1]
-        tokens = concatenate([part for part in (self.tail, self.ring, new) if part is not None])
         tokens = replace(tokens, alpha=constrain(tokens.alpha, tokens.valid))
+        stream, weight = self._stream(tokens, new.key.dtype, new.value.dtype)
+        self._commit(stream, weight, key_scale)
+        self.seen += new.valid.shape[1]
+        self.valid_seen = self.valid_seen + new.valid.sum(1)
+        return stream
+
+    def _stream(
+        self, tokens: Tokens, key_dtype: torch.dtype, value_dtype: torch.dtype
+    ) -> tuple[Stream, Tensor]:
+        """Adds running means and closed entries; also their weights (B, K, N)."""
+        assert self.lengths is not None
+        assert self.closed_key is not None and self.closed_value is not None
         mean_key, mean_value, weight = running_means(
-            tokens.key, tokens.value, tokens.alpha, tokens.omega, window
+            tokens.key, tokens.value, tokens.alpha, tokens.omega, self.window
         )
         slots = torch.arange(self.closed_key.shape[2], device=self.device)
         stream = Stream(
             **{field.name: getattr(tokens, field.name) for field in fields(Tokens)}
-            | {"key": tokens.key.to(key.dtype), "value": tokens.value.to(value.dtype)},
+            | {"key": tokens.key.to(key_dtype), "value": tokens.value.to(value_dtype)},
             merged_key=mean_key,
             merged_value=mean_value,
-            num_prefix=num_prefix,
+            num_prefix=0 if self.tail is None else self.tail.valid.shape[1],
             closed_key=self.closed_key,
             closed_value=self.closed_value,
             closed_mask=slots < self.lengths[..., None],
         )
-        self._commit(stream, weight)
-        self.seen += valid.shape[1]
-        self.valid_seen = self.valid_seen + valid.sum(1)
-        return stream
+        return stream, weight
 
-    def _check(self, delay: int, window: int | None) -> None:
-        if delay < 0 or (window is not None and window < 1):
+    def _check(self, new: Tokens) -> None:
+        assert self.closed_key is not None
+        batch, heads, _, dim = self.closed_key.shape
+        held = (batch, heads, dim, self.closed_key.dtype)
+        got = (new.key.shape[0], new.key.shape[1], new.key.shape[3], new.key.dtype)
+        if got != held:
+            names = ("batch", "kv heads", "head dim", "dtype")
+            odd = [f"{n} {h} (got {g})" for n, h, g in zip(names, held, got, strict=True) if h != g]
             raise ValueError(
-                f"delay must be >= 0 and window >= 1 or None; got delay={delay}, window={window}"
-            )
-        if self.delay is None:
-            self.delay, self.window = delay, window
-        if (delay, window) != (self.delay, self.window):
-            raise ValueError(
-                f"this cache folds with delay={self.delay}, window={self.window}, but was extended "
-                f"with delay={delay}, window={window}; make a new cache for another policy"
+                f"this cache layer holds {', '.join(odd)}; a cache goes on only with the model, "
+                "the dtype and the batch it was filled by: make a new one otherwise"
             )
 
-    def _commit(self, stream: Stream, weight: Tensor) -> None:
+    def _commit(self, stream: Stream, weight: Tensor, key_scale: Tensor | None) -> None:
         """Closes entries whose successor appended; carries the open entry and the ring on."""
-        assert self.delay is not None
         num_tokens = stream.valid.shape[1]
         end = max(num_tokens - self.delay, 0)  # tokens before `end` have left the ring
         self.ring = stream.slice(end, num_tokens) if end < num_tokens else None
         if end == 0:
             return
-        self._close(stream, max(stream.num_prefix - 1, 0), end - 1)
+        self._close(stream, max(stream.num_prefix - 1, 0), end - 1, key_scale)
         if self.window is not None:
             self.tail = stream.slice(max(end - self.window, 0), end)
             return
@@ -162,7 +149,7 @@ class FoldedLayer(CacheLayerMixin):
         tail = replace(means, alpha=torch.zeros_like(stream.alpha), omega=weight)
         self.tail = tail.slice(end - 1, end)
 
-    def _close(self, stream: Stream, start: int, stop: int) -> None:
+    def _close(self, stream: Stream, start: int, stop: int, key_scale: Tensor | None) -> None:
         """Appends the entries that end at a token in [start, stop) to the buffers."""
         closes = stream.alpha[:, :, start + 1 : stop + 1] < 0.5
         closes = closes & stream.valid[:, None, start:stop]
@@ -179,9 +166,9 @@ class FoldedLayer(CacheLayerMixin):
         # Rotation in the dtype of the cache, as the exact keys of the model are rotated.
         keys = stream.merged_key[batch, head, token].detach().to(self.dtype)
         cos, sin = stream.cos[batch, token], stream.sin[batch, token]
-        self.closed_key[batch, head, slot] = rotate(keys[None, None], cos[None], sin[None])[
-            0, 0
-        ].to(self.dtype)
+        keys = rotate(keys[None, None], cos[None], sin[None])[0, 0]
+        keys = keys if key_scale is None else keys * key_scale
+        self.closed_key[batch, head, slot] = keys.to(self.dtype)
         values = stream.merged_value[batch, head, token].detach()
         self.closed_value[batch, head, slot] = values.to(self.closed_value.dtype)
         self.lengths = lengths

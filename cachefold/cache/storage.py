@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +19,11 @@ from cachefold.cache.layers import FoldedLayer
 if TYPE_CHECKING:
     from cachefold.cache.folded import FoldedCache
 
-FORMAT = "cachefold-cache-1"
+FORMAT = "cachefold-cache-2"
 
 
 def save(cache: FoldedCache, path: str | Path) -> None:
-    """Writes `cache` to `path`; what lies beyond the closed entries is not written."""
+    """Writes `cache` to `path`, wholly or not at all; spare capacity is left out."""
     tensors: dict[str, Tensor] = {}
     for index, layer in enumerate(cache.layers):
         for name, tensor in _layer_tensors(layer, index).items():
@@ -30,7 +32,11 @@ def save(cache: FoldedCache, path: str | Path) -> None:
     seen = [layer.get_seq_length() for layer in layers]
     facts = _facts(cache) | {"seen": seen, "names": sorted(tensors)}
     # JSON in one metadata field: safetensors metadata are strings only.
-    save_file(tensors, str(path), metadata={"format": FORMAT, "cachefold": json.dumps(facts)})
+    metadata = {"format": FORMAT, "cachefold": json.dumps(facts)}
+    path = Path(path)
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        save_file(tensors, Path(scratch) / "cache", metadata=metadata)
+        os.replace(Path(scratch) / "cache", path)
 
 
 def _facts(cache: FoldedCache) -> dict[str, Any]:
@@ -40,6 +46,9 @@ def _facts(cache: FoldedCache) -> dict[str, Any]:
         "window": cache.window,
         "num_layers": len(cache.layers),
         "folded_layers": cache.folded_layers,
+        "num_kv_heads": cache.num_kv_heads,
+        "head_dim": cache.head_dim,
+        "dtype": None if cache.dtype is None else str(cache.dtype).removeprefix("torch."),
         "kinds": [type(layer).__name__ for layer in cache.layers],
     }
 
@@ -80,6 +89,7 @@ def load(cache: FoldedCache, path: str | Path, device: torch.device | str) -> No
         index, _, rest = name.partition(".")
         split[int(index)][rest] = tensor
     for parts in split:
+        _check_shapes(cache, parts, path)
         _check_lengths(parts, path)
     for layer, parts, seen in zip(cache.layers, split, facts["seen"], strict=True):
         _fill(layer, parts, seen)
@@ -102,6 +112,19 @@ def _read(path: Path, device: torch.device | str) -> tuple[dict[str, Any], dict[
             f"{path} is not a readable safetensors file ({error}); write it with cache.save(path)"
         ) from error
     return json.loads(metadata["cachefold"]), tensors
+
+
+def _check_shapes(cache: FoldedCache, parts: dict[str, Tensor], path: str | Path) -> None:
+    """The tensors are what the facts say; the file may have been written by another hand."""
+    for name in ("closed_key", "tail.key", "ring.key", "keys"):
+        if name not in parts:
+            continue
+        heads, dim = parts[name].shape[1], parts[name].shape[-1]
+        if (heads, dim) != (cache.num_kv_heads, cache.head_dim):
+            raise ValueError(
+                f"{path} holds {heads} kv heads of {dim} channels, but the model has "
+                f"{cache.num_kv_heads} of {cache.head_dim}; load it for the model it came from"
+            )
 
 
 def _check_lengths(parts: dict[str, Tensor], path: str | Path) -> None:

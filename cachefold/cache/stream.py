@@ -5,7 +5,7 @@ Legend: B batch, K kv heads, N tokens, S closed entries, D key dim, Dv value dim
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -45,6 +45,21 @@ class Tokens:
 
 def _token_dim(name: str) -> int:
     return 1 if name in ("cos", "sin", "valid") else 2
+
+
+def clean(new: Tokens) -> Tokens:
+    """New tokens as the stream holds them: no NaN of padding, whole batch, wide weights."""
+    padding = ~new.valid[:, None, :, None]
+    batch = new.key.shape[0]
+    return replace(
+        new,
+        # Whatever stands at padding, NaN included, must not reach a sum.
+        key=new.key.masked_fill(padding, 0.0),
+        value=new.value.masked_fill(padding, 0.0),
+        cos=new.cos.expand(batch, -1, -1),
+        sin=new.sin.expand(batch, -1, -1),
+        omega=new.omega if new.omega.dtype == torch.float64 else new.omega.float(),
+    )
 
 
 def concatenate(parts: list[Tokens]) -> Tokens:

@@ -1,7 +1,7 @@
 """Append/merge decisions: from logits to `alpha` and `omega`, relaxed for training or hard.
 
-Legend: B batch, T tokens, K kv heads. `alpha` is 1 for merge and 0 for append; `omega` in (0, 1]
-is the importance weight of a token inside its entry (Nawrot et al. 2024, section 3).
+Legend: B batch, T tokens, K kv heads. `alpha` is 1 for merge and 0 for append; `omega` > 0 is
+the importance weight of a token inside its entry (Nawrot et al. 2024, section 3).
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from cachefold.core.names import closest
 
 RELAXATIONS = ("gumbel", "straight-through", "sigmoid")
 
@@ -20,7 +22,7 @@ class Decisions:
 
     Attributes:
         alpha: (B, K, T) in [0, 1]; 1 merges the token into the open entry, 0 opens a new one.
-        omega: (B, K, T) in (0, 1], importance weight.
+        omega: (B, K, T) importance weight in (0, 1 + eps]; see the decision that made it.
         logits: (B, K, T) merge logits before relaxation; > 0 means merge at inference.
     """
 
@@ -69,12 +71,16 @@ def relax(logits: Tensor, *, temperature: float, method: str = "gumbel") -> Tens
     if temperature <= 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
     if method not in RELAXATIONS:
-        raise ValueError(f"unknown relaxation {method!r}; choose one of {', '.join(RELAXATIONS)}")
+        raise ValueError(
+            f"unknown relaxation {method!r}.{closest(method, RELAXATIONS)} "
+            f"Choose one of: {', '.join(RELAXATIONS)}."
+        )
     noise = 0.0 if method == "sigmoid" else _logistic_noise(logits)
     soft = torch.sigmoid((logits + noise) / temperature)
     if method != "straight-through":
         return soft
-    return harden(soft - 0.5) + soft - soft.detach()
+    # The brackets make the second term exactly 0, so that the sum is exactly 0 or 1.
+    return harden(soft - 0.5) + (soft - soft.detach())
 
 
 def _logistic_noise(like: Tensor) -> Tensor:

@@ -58,22 +58,15 @@ def merge_step(
     >>> key.item()  # (1*1 + 2*4) / 3
     3.0
     """
-    weight = omega[..., None]
-    new = MergeState(
-        weight, (omega[..., None] * key)[:, :, None], (omega[..., None] * value)[:, :, None]
-    )
+    weight, decay = omega[..., None], alpha[..., None]
+    new = MergeState(weight, (weight * key)[:, :, None], (weight * value)[:, :, None])
     if state is not None:
-        old = MergeState(
-            state.weight * alpha[..., None],
-            state.key * alpha[..., None, None],
-            state.value * alpha[..., None, None],
-        )
+        terms = (state.weight * decay, state.key * decay[..., None], state.value * decay[..., None])
+        pairs = zip(terms, new, strict=True)
         if window is None:
-            new = MergeState(*(a + b for a, b in zip(old, new, strict=True)))
+            new = MergeState(*(old + term for old, term in pairs))
         else:
-            new = MergeState(
-                *(torch.cat([a, b], 2)[:, :, -window:] for a, b in zip(old, new, strict=True))
-            )
+            new = MergeState(*(torch.cat(pair, 2)[:, :, -window:] for pair in pairs))
     total = new.weight.sum(-1, keepdim=True)
     return new, new.key.sum(2) / total, new.value.sum(2) / total
 
@@ -82,6 +75,17 @@ def merge_sequential(
     key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, window: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Ground truth of `running_means`: the recurrence, token by token.
+
+    Args:
+        key: (B, K, T, D), before rotary embedding.
+        value: (B, K, T, Dv).
+        alpha: (B, K, T) in [0, 1]; that of the first token has no effect.
+        omega: (B, K, T) > 0.
+        window: most tokens an entry averages; None = no bound.
+
+    Returns:
+        Mean keys (B, K, T, D), mean values (B, K, T, Dv) and weights z (B, K, T), in the dtype
+        of the inputs.
 
     The worked example of the paper (4 tokens, 2 entries: those before an append and the last):
 
@@ -124,6 +128,14 @@ def running_means(
     >>> running_means(key, key, torch.ones(1, 1, 2), torch.ones(1, 1, 2))[0].flatten().tolist()
     [1.0, 2.0]
     """
+    # Autocast would do the matmuls of the scan in half precision, whatever the dtype of the terms.
+    with torch.autocast(key.device.type, enabled=False):
+        return _running_means(key, value, alpha, omega, window)
+
+
+def _running_means(
+    key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, window: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.float64 if key.dtype == torch.float64 else torch.float32
     alpha, omega = alpha.to(dtype), omega.to(dtype)
     terms = torch.cat(
@@ -140,7 +152,11 @@ def running_means(
 
 
 def _windowed_sums(alpha: Tensor, terms: Tensor, window: int) -> Tensor:
-    """Facts: x_t = sum over j < window of (prod of the last j alphas) * term_{t-j}."""
+    """x_t = sum over j < window of alpha_t * ... * alpha_{t-j+1} * term_{t-j}.
+
+    The partial accumulations of training in Nawrot et al. 2024, section 3, written out: the
+    recurrence S_t = alpha_t * S_{t-1} + term_t, unrolled and cut after `window` terms.
+    """
     sums, decay = terms, torch.ones_like(alpha)
     shifted = alpha
     for offset in range(1, min(window, alpha.shape[-1])):

@@ -7,6 +7,8 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cachefold.core.names import closest
+
 SUPPORTED = ("gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")
 
 
@@ -19,7 +21,8 @@ def attention_layers(model: PreTrainedModel) -> list[Any]:
     model_type = model.config.model_type
     if model_type not in SUPPORTED:
         raise ValueError(
-            f"can't fold a {model_type!r} model; supported families: {', '.join(SUPPORTED)}. "
+            f"can't fold a {model_type!r} model.{closest(model_type, SUPPORTED)} Supported "
+            f"families: {', '.join(SUPPORTED)}. "
             "CONTRIBUTING.md says how to add one."
         )
     decoder: Any = model.get_decoder()
@@ -37,12 +40,7 @@ def is_full_attention(attention: Any) -> bool:
 def project(attention: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Query (B, H, T, D), key and value (B, K, T, D), normed where the family does, unrotated."""
     if hasattr(attention, "qkv_proj"):
-        sizes = [
-            attention.config.num_attention_heads * attention.head_dim,
-            attention.config.num_key_value_heads * attention.head_dim,
-            attention.config.num_key_value_heads * attention.head_dim,
-        ]
-        parts = attention.qkv_proj(hidden_states).split(sizes, -1)
+        parts = attention.qkv_proj(hidden_states).split(_fused_sizes(attention), -1)
     else:
         parts = (
             attention.q_proj(hidden_states),
@@ -54,6 +52,22 @@ def project(attention: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tens
     if hasattr(attention, "q_norm"):
         query, key = attention.q_norm(query), attention.k_norm(key)
     return query, key, value
+
+
+def _fused_sizes(attention: Any) -> list[int]:
+    """Rows of query, key and value in one fused projection."""
+    heads, kv_heads = attention.config.num_attention_heads, attention.config.num_key_value_heads
+    return [count * attention.head_dim for count in (heads, kv_heads, kv_heads)]
+
+
+def query_key_rows(attention: Any) -> list[Tensor]:
+    """Views on the weights and biases of the query and key projections, (heads * D, ...) each."""
+    if hasattr(attention, "qkv_proj"):
+        fused = attention.qkv_proj
+        parts = [p for p in (fused.weight, fused.bias) if p is not None]
+        return [view for p in parts for view in p.split(_fused_sizes(attention), 0)[:2]]
+    linears = (attention.q_proj, attention.k_proj)
+    return [p for linear in linears for p in (linear.weight, linear.bias) if p is not None]
 
 
 def softcap(attention: Any) -> float | None:

@@ -17,9 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cachefold.models.fold import fold, is_folded
+from cachefold.models.fold import fold, is_folded, unfold
 from cachefold.models.lora import add_lora, lora_rank
-from cachefold.models.lora import adapters_disabled as adapters_disabled  # TEMP
 from cachefold.policies import get_policy
 
 WEIGHTS = "cachefold.safetensors"
@@ -69,37 +68,44 @@ def save_folded(
     base: dict[str, str],
     extra: dict[str, Any] | None = None,
 ) -> Path:
-    """Writes an artefact; each file is complete or absent.
+    """Writes an artefact of a folded model; each file is complete or absent.
 
     Args:
-        model: a folded model.
+        model: folded.
         folder: where to; made if missing.
         base: `id` (zoo name, hub id or folder) and `revision` of the base model.
-        extra: facts to keep beside it, such as tokens trained.
+        extra: facts to keep beside it.
 
     Returns:
         The folder.
 
     Raises:
         ValueError: the model is not folded.
+
+    >>> import tempfile
+    >>> from cachefold import DMC, fold
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> model = fold(LlamaForCausalLM(LlamaConfig(hidden_size=32, num_hidden_layers=1)), DMC())
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     sorted(p.name for p in save_folded(model, folder, base={"id": "tiny"}).iterdir())
+    ['cachefold.json', 'cachefold.safetensors']
     """
     if not is_folded(model):
         raise ValueError("only a folded model can be saved; call fold(model, policy) first")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = {
-        "format": FORMAT,
-        "base": base,
-        "policy": model.config.cachefold,
-        "lora_rank": lora_rank(model),
-        **(extra or {}),
-    }
+    config = _config(model, base) | (extra or {})
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         save_file(trainable_state(model), Path(scratch) / WEIGHTS, metadata={"format": "pt"})
         (Path(scratch) / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         for name in (WEIGHTS, CONFIG):
             os.replace(Path(scratch) / name, folder / name)
     return folder
+
+
+def _config(model: PreTrainedModel, base: dict[str, str]) -> dict[str, Any]:
+    rank = lora_rank(model)
+    return {"format": FORMAT, "base": base, "policy": model.config.cachefold, "lora_rank": rank}
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -111,9 +117,20 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / CONFIG
     if not path.is_file():
         raise ValueError(f"{folder} is no cachefold artefact: {CONFIG} is missing")
-    config = json.loads(path.read_text())
-    if config.get("format") != FORMAT:
-        raise ValueError(f"{path}: format {config.get('format')!r}; this version reads {FORMAT}")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); save the artefact again") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        found = config.get("format") if isinstance(config, dict) else None
+        raise ValueError(f"{path}: format {found!r}; this version reads {FORMAT}")
+    for key, kind in (("base", dict), ("policy", dict), ("lora_rank", int)):
+        if not isinstance(config.get(key), kind):
+            raise ValueError(
+                f"{path}: {key!r} is missing or no {kind.__name__}; save the artefact again"
+            )
+    if "name" not in config["policy"]:
+        raise ValueError(f"{path}: 'policy.name' is missing; save the artefact again")
     return config
 
 
@@ -128,11 +145,30 @@ def load_folded(folder: str | Path, base_model: PreTrainedModel) -> PreTrainedMo
         The same model, folded, in eval mode.
 
     Raises:
-        ValueError: no artefact, or it does not fit the model.
+        ValueError: no artefact, or it does not fit the model, which is then as it was.
+
+    >>> import tempfile
+    >>> from cachefold import DMC, fold
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> def load_base():
+    ...     return LlamaForCausalLM(LlamaConfig(
+    ...         hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+    ...         vocab_size=10))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     folder = save_folded(fold(load_base(), DMC(cr=3)), folder, base={"id": "tiny"})
+    ...     load_folded(folder, load_base()).config.cachefold["cr"]
+    3
     """
     config = read_config(folder)
+    trainable = [(parameter, parameter.requires_grad) for parameter in base_model.parameters()]
     fold(base_model, get_policy(**config["policy"]))
-    if config["lora_rank"]:
-        add_lora(base_model, config["lora_rank"])
-    load_trainable_state(base_model, Path(folder) / WEIGHTS)
+    try:
+        if config["lora_rank"]:
+            add_lora(base_model, config["lora_rank"])
+        load_trainable_state(base_model, Path(folder) / WEIGHTS)
+    except ValueError:
+        unfold(base_model)
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)
+        raise
     return base_model.eval().requires_grad_(False)

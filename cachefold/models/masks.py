@@ -22,7 +22,7 @@ def valid_tokens(
         (B, T) bool, True at real tokens.
 
     Raises:
-        ValueError: a mask of another kind.
+        ValueError: a mask of another kind, or one that keeps several texts in a row apart.
     """
     if attention_mask is None:
         return torch.ones(batch, tokens, dtype=torch.bool, device=device)
@@ -31,7 +31,17 @@ def valid_tokens(
             f"a folded layer can't read a {type(attention_mask).__name__} mask; load the model "
             'with attn_implementation="sdpa" or "eager"'
         )
-    row = attention_mask if attention_mask.dim() == 2 else attention_mask[:, 0, -1]
-    row = row[:, -tokens:]
-    valid = row > -1 if row.is_floating_point() else row.bool()
+    new = attention_mask[..., -tokens:]
+    new = new > -1 if new.is_floating_point() else new.bool()
+    if new.dim() == 2:
+        return new.expand(batch, tokens)
+    valid = new[:, 0, -1]
+    if tokens > 1:
+        own = new[:, 0].diagonal(dim1=-2, dim2=-1)
+        if bool((own & ~valid).any()):
+            raise ValueError(
+                "the attention mask hides tokens from the last one that see themselves: several "
+                "texts packed in one row (position_ids that start again), which a folded layer "
+                "can't keep apart; give every text a row of its own, with padding"
+            )
     return valid.expand(batch, tokens)

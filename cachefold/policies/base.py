@@ -1,12 +1,85 @@
-"""The policy registry."""
+"""What a policy is, and the registry of policies."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
+
+from torch import Tensor, nn
 
 from cachefold.core.names import closest
+
+
+class Decision(Protocol):
+    """The module that decides in one attention layer."""
+
+    neuron: int | None
+    """Channel of queries and keys that decides and must leave attention; None = none."""
+
+    def __call__(self, query: Tensor, key: Tensor, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Decides for every token.
+
+        Args:
+            query: (B, H, T, D) before rotary embedding.
+            key: (B, K, T, D) before rotary embedding.
+            hidden_states: (B, T, E), input of the attention layer.
+
+        Returns:
+            Merge logits (B, K, T) and omega (B, K, T) > 0, both float32.
+        """
+        ...
+
+
+class LearnedPolicy(Protocol):
+    """A method whose decisions are trained; a frozen dataclass under `register`."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+    name: ClassVar[str]
+    """The name it is registered under."""
+
+    @property
+    def cr(self) -> float:
+        """Target compression ratio, tokens seen / entries kept."""
+        ...
+
+    @property
+    def delay(self) -> int:
+        """Newest tokens that stay exact."""
+        ...
+
+    @property
+    def window(self) -> int | None:
+        """Most tokens one entry averages; None = no bound."""
+        ...
+
+    @property
+    def decision(self) -> str:
+        """Where decisions come from."""
+        ...
+
+    @property
+    def per(self) -> str:
+        """Who decides: each kv head, or a layer."""
+        ...
+
+    @property
+    def neuron(self) -> int:
+        """Channel that decides, where a decision reads one."""
+        ...
+
+    def build_decision(self, hidden_size: int, num_kv_heads: int, head_dim: int) -> nn.Module:
+        """Makes the `Decision` of one attention layer."""
+        ...
+
+    def share(self, logits: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
+        """Applies what heads share to the merge logits and omega, (B, K, T) each."""
+        ...
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns name and options, as `get_policy` takes them."""
+        ...
+
 
 _POLICIES: dict[str, type] = {}
 _Policy = TypeVar("_Policy", bound=type)
@@ -18,6 +91,7 @@ def register(name: str) -> Callable[[_Policy], _Policy]:
     def add(policy: _Policy) -> _Policy:
         assert name not in _POLICIES, f"policy {name!r} registered twice"
         _POLICIES[name] = policy
+        policy.name = name
         return policy
 
     return add
@@ -32,7 +106,7 @@ def list_policies() -> list[str]:
     return sorted(_POLICIES)
 
 
-def get_policy(name: str, **options: Any) -> Any:
+def get_policy(name: str, **options: Any) -> LearnedPolicy:
     """Builds a policy from its name and options.
 
     Raises:

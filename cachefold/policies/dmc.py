@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from cachefold.policies.base import closest, register
+from cachefold.core.names import closest
+from cachefold.policies.base import register
 
 NEURON_OFFSET = 5.0
 """c of the paper: at the start sigmoid(-c) = 0.0067 merges, sigmoid(c) = 0.9933 weighs."""
@@ -22,7 +24,14 @@ class LinearDecision(nn.Module):
     """A zero-initialised projection of the layer input; a fresh model never merges.
 
     Rows 0..K-1 give the merge logits, rows K..2K-1 the importance logits.
+
+    >>> logits, omega = LinearDecision(4, 1)(
+    ...     torch.ones(1, 1, 1, 2), torch.ones(1, 1, 1, 2), torch.ones(1, 1, 4))
+    >>> round(logits.item(), 4), omega.item()
+    (-4.0, 0.5)
     """
+
+    neuron = None
 
     def __init__(self, hidden_size: int, num_kv_heads: int) -> None:
         super().__init__()
@@ -31,25 +40,14 @@ class LinearDecision(nn.Module):
         bias[:num_kv_heads] = LINEAR_ALPHA_BIAS / LINEAR_SCALE
         self.bias = nn.Parameter(bias)
 
-    def forward(
-        self, query: Tensor, key: Tensor, hidden_states: Tensor, zero_out: float = 0.0
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Decides.
-
-        Args:
-            query: (B, H, T, D) before rotary embedding; returned as it is.
-            key: (B, K, T, D) before rotary embedding; returned as it is.
-            hidden_states: (B, T, E), input of the attention layer.
-            zero_out: has no effect here.
-
-        Returns:
-            query, key, merge logits (B, K, T) and omega (B, K, T), both float32.
-        """
+    def forward(self, query: Tensor, key: Tensor, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Decides; see `policies.base.Decision`. Omega is in [eps, 1]."""
         with torch.autocast(hidden_states.device.type, enabled=False):
             states = hidden_states.float() * LINEAR_SCALE
-            logits = nn.functional.linear(states, self.weight, self.bias * LINEAR_SCALE)
+            bias = self.bias.float() * LINEAR_SCALE
+            logits = nn.functional.linear(states, self.weight.float(), bias)
         merge, importance = logits.transpose(1, 2).chunk(2, dim=1)
-        return query, key, merge, torch.sigmoid(importance).clamp(min=OMEGA_EPS)
+        return merge, torch.sigmoid(importance).clamp(min=OMEGA_EPS)
 
 
 class NeuronDecision(nn.Module):
@@ -59,17 +57,11 @@ class NeuronDecision(nn.Module):
         super().__init__()
         self.neuron = neuron
 
-    def forward(
-        self, query: Tensor, key: Tensor, hidden_states: Tensor, zero_out: float = 0.0
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Decides; see `LinearDecision.forward`. `zero_out` is the factor left on the channel."""
-        num_kv_heads = key.shape[1]
+    def forward(self, query: Tensor, key: Tensor, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Decides; see `policies.base.Decision`. Omega is in (eps, 1 + eps), as in the paper."""
         merge = key[..., self.neuron].float() - NEURON_OFFSET
-        channel = query[..., self.neuron].float().unflatten(1, (num_kv_heads, -1)).mean(2)
-        omega = torch.sigmoid(channel + NEURON_OFFSET) + OMEGA_EPS
-        scale = torch.ones(key.shape[-1], dtype=key.dtype, device=key.device)
-        scale[self.neuron] = zero_out
-        return query * scale, key * scale, merge, omega.clamp(max=1.0)
+        channel = query[..., self.neuron].float().unflatten(1, (key.shape[1], -1)).mean(2)
+        return merge, torch.sigmoid(channel + NEURON_OFFSET) + OMEGA_EPS
 
 
 @register("dmc")
@@ -80,6 +72,8 @@ class DMC:
     >>> DMC(cr=4).delay
     16
     """
+
+    name: ClassVar[str]
 
     cr: float = 2.0
     """Target compression ratio, tokens seen / entries kept, ring included; >= 1."""
@@ -96,12 +90,20 @@ class DMC:
 
     def __post_init__(self) -> None:
         """Checks values."""
-        if not self.cr >= 1:
-            raise ValueError(f"cr is tokens seen / entries kept and must be >= 1, got {self.cr}")
-        if self.delay < 0:
-            raise ValueError(f"delay is a number of tokens and must be >= 0, got {self.delay}")
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window must be >= 1 token, or null for no bound; got {self.window}")
+        if not _is_number(self.cr) or not 1 <= self.cr < math.inf:
+            raise ValueError(
+                "cr is tokens seen / entries kept and must be a finite number >= 1; got "
+                f"{self.cr!r}"
+            )
+        if not _is_int(self.delay) or self.delay < 0:
+            raise ValueError(f"delay is a whole number of tokens >= 0; got {self.delay!r}")
+        if self.window is not None and (not _is_int(self.window) or self.window < 1):
+            raise ValueError(
+                f"window is a whole number of tokens >= 1, or null for no bound; got "
+                f"{self.window!r}"
+            )
+        if not _is_int(self.neuron):
+            raise ValueError(f"neuron is the index of a channel, such as -1; got {self.neuron!r}")
         for name, allowed in (("decision", ["linear", "neuron"]), ("per", ["head", "layer"])):
             value = getattr(self, name)
             if value not in allowed:
@@ -110,14 +112,35 @@ class DMC:
                     f"{name} must be one of {', '.join(allowed)}; got {value!r}.{hint}"
                 )
 
-    def build_decision(self, hidden_size: int, num_kv_heads: int) -> nn.Module:
-        """Makes the decision module of one attention layer."""
-        if self.decision == "neuron":
-            return NeuronDecision(self.neuron)
-        return LinearDecision(hidden_size, num_kv_heads)
+    def build_decision(self, hidden_size: int, num_kv_heads: int, head_dim: int) -> nn.Module:
+        """Makes the decision module of one attention layer.
+
+        Raises:
+            ValueError: the neuron is beyond the head dim.
+        """
+        if self.decision != "neuron":
+            return LinearDecision(hidden_size, num_kv_heads)
+        if not -head_dim <= self.neuron < head_dim:
+            raise ValueError(
+                f"neuron {self.neuron} doesn't exist: the heads have {head_dim} channels, "
+                f"{-head_dim} to {head_dim - 1}; -1 is the last"
+            )
+        return NeuronDecision(self.neuron)
 
     def share(self, logits: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
-        """Applies `per`: with `layer`, all heads (B, K, T) take the mean of both."""
+        """Applies `per`: with `layer`, all heads take the mean of both.
+
+        Args:
+            logits: (B, K, T) merge logits.
+            omega: (B, K, T) importance weights.
+
+        Returns:
+            Both, (B, K, T) each.
+
+        >>> x = torch.tensor([[[0.0], [1.0]]])
+        >>> DMC(per="layer").share(x, x)[0].flatten().tolist()
+        [0.5, 0.5]
+        """
         if self.per == "head":
             return logits, omega
         return (
@@ -127,4 +150,12 @@ class DMC:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns name and options, as `get_policy` takes them."""
-        return {"name": "dmc", **asdict(self)}
+        return {"name": self.name, **asdict(self)}
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or _is_int(value)

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cachefold.attention import blocked, reference
+from cachefold.attention.call import AttentionCall
 from cachefold.core.decisions import constrain
 from cachefold.core.merging import merge_step, running_means
 
 HEADS, KV_HEADS, DIM = 4, 2, 6
 
 
-def _inputs(tokens, seed, kind="hard"):
+BACKENDS = pytest.mark.parametrize("attend", [reference.parallel, blocked.parallel])
+
+
+def _inputs(tokens, seed, kind="hard", padding=None):
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
@@ -25,9 +34,18 @@ def _inputs(tokens, seed, kind="hard"):
         kind
     ]
     valid = torch.ones(2, tokens, dtype=torch.bool)
-    valid[0, : tokens // 3] = False
+    valid[0, : tokens // 3 if padding is None else padding] = False
     omega = torch.sigmoid(draw(2, KV_HEADS, tokens)) + 0.01
     return query, key, value, constrain(alpha, valid), omega, valid
+
+
+def _call(query, key, value, alpha, omega, valid, window=None, **options):
+    """A whole text, as the model asks for it without a cache."""
+    mean_key, mean_value, _ = running_means(key, value, alpha, omega, window)
+    return AttentionCall(
+        query=query, exact_key=key, exact_value=value, merged_key=mean_key,
+        merged_value=mean_value, alpha=alpha, valid=valid, scaling=0.5, **options,
+    )  # fmt: skip
 
 
 def _one_by_one(query, key, value, alpha, omega, valid, delay, window):
@@ -54,36 +72,49 @@ def _one_by_one(query, key, value, alpha, omega, valid, delay, window):
     return out
 
 
-@pytest.mark.parametrize("kind", ["hard", "merge", "append"])
-@pytest.mark.parametrize("window", [None, 1, 12])
-@pytest.mark.parametrize("delay", [0, 1, 4, 16])
-@pytest.mark.parametrize("attend", [reference.parallel, blocked.parallel])
-def test_parallel_equals_token_by_token(attend, delay, window, kind):
-    for tokens in (1, 13, 30):
-        query, key, value, alpha, omega, valid = _inputs(tokens, tokens, kind)
-        expected = _one_by_one(query, key, value, alpha, omega, valid, delay, window)
-        mean_key, mean_value, _ = running_means(key, value, alpha, omega, window)
-        actual = attend(
-            query, key, value, mean_key, mean_value, alpha, delay=delay, scaling=0.5, valid=valid
-        )
-        real = valid[:, None, :, None]
-        torch.testing.assert_close(actual * real, expected * real, rtol=0, atol=1e-12)
+@BACKENDS
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.integers(1, 40),
+    window=st.sampled_from([None, 1, 12]),
+    delay=st.sampled_from([0, 1, 4, 16, 50]),
+    kind=st.sampled_from(["hard", "merge", "append"]),
+    padding=st.integers(0, 10),
+    seed=st.integers(0, 2**16),
+)
+def test_parallel_equals_token_by_token(attend, tokens, window, delay, kind, padding, seed):
+    inputs = _inputs(tokens, seed, kind, min(padding, tokens - 1))
+    expected = _one_by_one(*inputs, delay, window)
+    actual = attend(_call(*inputs, window, delay=delay))
+    real = inputs[-1][:, None, :, None]
+    torch.testing.assert_close(actual * real, expected * real, rtol=0, atol=1e-12)
+
+
+@BACKENDS
+@pytest.mark.parametrize("window", [None, 2])
+@pytest.mark.parametrize("delay", [0, 2, 9])
+def test_gradients_match_finite_differences(attend, delay, window):
+    *inputs, valid = _inputs(7, 3, "soft", padding=2)
+    inputs = [x[:, ..., :].clone().requires_grad_() for x in inputs]
+    real = valid[:, None, :, None]
+
+    def attention(*leaves):
+        return attend(_call(*leaves, valid, window, delay=delay, softcap=4.0)) * real
+
+    assert torch.autograd.gradcheck(attention, inputs)
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("delay", [0, 3, 40])
 def test_blocked_equals_reference_with_gradients(delay, softcap):
-    query, key, value, alpha, omega, valid = _inputs(21, 0, "soft")
+    *inputs, valid = _inputs(21, 0, "soft")
     gradients = []
     for attend in (reference.parallel, blocked.parallel):
-        leaves = [x.clone().requires_grad_() for x in (query, key, value, alpha, omega)]
-        mean_key, mean_value, _ = running_means(*leaves[1:])
-        out = attend(
-            leaves[0], leaves[1], leaves[2], mean_key, mean_value, leaves[3],
-            delay=delay, scaling=0.5, valid=valid, softcap=softcap,
-        )  # fmt: skip
-        (out * valid[:, None, :, None]).pow(2).sum().backward()
-        gradients.append([out * valid[:, None, :, None], *(leaf.grad for leaf in leaves)])
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        out = attend(_call(*leaves, valid, delay=delay, softcap=softcap))
+        out = out * valid[:, None, :, None]
+        out.pow(2).sum().backward()
+        gradients.append([out, *(leaf.grad for leaf in leaves)])
     for a, b in zip(*gradients, strict=True):
         if a is None:  # a delay longer than the text never uses the merged form
             assert b is None
@@ -92,16 +123,19 @@ def test_blocked_equals_reference_with_gradients(delay, softcap):
 
 
 def test_garbage_behind_closed_entries_does_not_leak():
-    query, key, value, alpha, omega, valid = _inputs(5, 2)
-    mean_key, mean_value, _ = running_means(key, value, alpha, omega)
+    inputs = _inputs(5, 2)
     closed = torch.full((2, KV_HEADS, 3, DIM), torch.nan, dtype=torch.float64)
     mask = torch.zeros(2, KV_HEADS, 3, dtype=torch.bool)
-    options = {"delay": 2, "scaling": 0.5, "valid": valid}
-    inputs = (query, key, value, mean_key, mean_value, alpha)
     with_buffer = reference.parallel(
-        *inputs, **options, closed_key=closed, closed_value=closed, closed_mask=mask
+        _call(*inputs, delay=2, closed_key=closed, closed_value=closed, closed_mask=mask)
     )
-    without = reference.parallel(*inputs, **options)
-    real = valid[:, None, :, None]
+    without = reference.parallel(_call(*inputs, delay=2))
+    real = inputs[-1][:, None, :, None]
     assert with_buffer.isfinite().all()
     torch.testing.assert_close(with_buffer * real, without * real)
+
+
+@pytest.mark.parametrize("name", ["blocked", "call", "reference"])
+def test_examples_run(name):
+    result = doctest.testmod(importlib.import_module(f"cachefold.attention.{name}"))
+    assert result.attempted and not result.failed

@@ -72,7 +72,19 @@ def test_half_precision_inputs_are_summed_in_float32():
     assert all(part.dtype == torch.float32 for part in means)
 
 
-@pytest.mark.parametrize("name", ["accounting", "decisions", "merging", "rotary", "schedule"])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_autocast_does_not_reach_the_sums(window):
+    inputs = [x.float() for x in _random(1, 2, 100, 4, 6, "merge")]
+    expected = running_means(*inputs, window)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = running_means(*inputs, window)
+    for a, b in zip(expected, actual, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "name", ["accounting", "decisions", "merging", "names", "rotary", "schedule"]
+)
 def test_examples_run(name):
     result = doctest.testmod(importlib.import_module(f"cachefold.core.{name}"))
     assert result.attempted and not result.failed

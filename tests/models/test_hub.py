@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
-from cachefold import DMC, fold, load_folded, save_folded
-from cachefold.models.hub import WEIGHTS, add_lora
+from cachefold import DMC, fold, is_folded, load_folded, save_folded
+from cachefold.models.hub import WEIGHTS, read_config
+from cachefold.models.lora import add_lora
 from tests.models.tiny import random_ids, scramble_decisions, tiny_model
 
 
@@ -41,3 +44,34 @@ def test_bad_artefacts_are_refused(tmp_path):
         load_folded(tmp_path, tiny_model())
     with pytest.raises(ValueError, match="only a folded model"):
         save_folded(tiny_model(), tmp_path, base={"id": "tiny", "revision": "none"})
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ("{broken", "cachefold.json is not valid JSON"),
+        ({"format": 99}, "format 99; this version reads 1"),
+        ({"base": None}, "'base' is missing"),
+        ({"lora_rank": None}, "'lora_rank' is missing"),
+        ({"policy": {}}, "'policy.name' is missing"),
+    ],
+)
+def test_a_broken_config_names_file_and_key(tmp_path, change, match):
+    save_folded(_trained(), tmp_path, base={"id": "tiny"})
+    path = tmp_path / "cachefold.json"
+    text = change if isinstance(change, str) else json.dumps(json.loads(path.read_text()) | change)
+    path.write_text(text)
+    with pytest.raises(ValueError, match=match) as error:
+        read_config(tmp_path)
+    assert str(path) in str(error.value)
+
+
+def test_a_load_that_fails_leaves_the_model_as_it_was(tmp_path):
+    save_folded(_trained(), tmp_path, base={"id": "tiny"})
+    model, ids = tiny_model(hidden_size=64), random_ids(1, 9)
+    before = model(ids).logits
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises(ValueError, match="the model has"):
+        load_folded(tmp_path, model)
+    assert not is_folded(model) and torch.equal(model(ids).logits, before)
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags

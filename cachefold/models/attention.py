@@ -1,0 +1,159 @@
+"""The attention mixin of a folded layer: project, decide, fold, attend."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cachefold.attention import blocked, reference
+from cachefold.attention.call import AttentionCall
+from cachefold.cache import FoldedCache, Stream, Tokens
+from cachefold.core.decisions import Decisions, constrain, harden, relax
+from cachefold.core.merging import running_means
+from cachefold.core.rotary import rotate
+from cachefold.models import families
+from cachefold.models.masks import valid_tokens
+from cachefold.models.run import FoldRun
+from cachefold.policies.base import Decision, LearnedPolicy
+
+
+class FoldedAttention:
+    """Mixin put before a family's attention class; keeps its parameters and state-dict keys."""
+
+    policy: LearnedPolicy
+    decision: Decision
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        fold_run: FoldRun | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As the family's forward, with keys and values folded as the policy decides."""
+        run = fold_run or FoldRun()
+        original = functools.partial(
+            super().forward, hidden_states, position_embeddings=position_embeddings,
+            attention_mask=attention_mask, **kwargs,
+        )  # fmt: skip
+        if run.mode == "dense":
+            return original(past_key_values=past_key_values)
+        assert position_embeddings is not None
+        batch, count = hidden_states.shape[:2]
+        valid = valid_tokens(attention_mask, batch, count, hidden_states.device)
+        query, key, value = families.project(self, hidden_states)
+        logits, omega = self.policy.share(*self.decision(query, key, hidden_states))
+        layer = _folded_layer(past_key_values, self.layer_idx)
+        fresh = layer is None or layer.get_seq_length() == 0
+        alpha = _alpha(logits, run, valid if fresh else None)
+        if run.recorder is not None:
+            run.recorder[self.layer_idx] = Decisions(alpha, omega, logits)
+        damp = Damping(self.decision.neuron, run.zero_out, key)
+        tokens = Tokens(damp(key), value, *position_embeddings, alpha, omega, valid)
+        stream = None if layer is None else layer.extend(tokens, damp.factors)
+        # With nothing merged the folded form is plain attention: same kernel, same bits.
+        if fresh and run.mode == "hard" and damp.factors is None and not bool(alpha.any()):
+            return original(past_key_values=None)
+        query = damp(rotate(damp(query), tokens.cos, tokens.sin))
+        if stream is None:
+            out = blocked.parallel(self._whole_text(query, tokens, damp, run))
+        else:
+            out = reference.parallel(self._with_cache(query, stream, damp))
+        return self.o_proj(out.transpose(1, 2).reshape(batch, count, -1)), None
+
+    def _whole_text(
+        self, query: Tensor, tokens: Tokens, damp: Damping, run: FoldRun
+    ) -> AttentionCall:
+        """Without a cache: the text is all there is."""
+        key, value = damp(rotate(tokens.key, tokens.cos, tokens.sin)), tokens.value
+        merged_key, merged_value, delay = key, value, 0
+        if run.mode != "append":
+            mean_key, mean_value, _ = running_means(
+                tokens.key, value, tokens.alpha, tokens.omega, self.policy.window
+            )
+            merged_key = damp(rotate(mean_key.to(key.dtype), tokens.cos, tokens.sin))
+            merged_value, delay = mean_value.to(value.dtype), self.policy.delay
+        return AttentionCall(
+            query=query, exact_key=key, exact_value=value, merged_key=merged_key,
+            merged_value=merged_value, alpha=tokens.alpha, valid=tokens.valid, delay=delay,
+            scaling=self.scaling, softcap=families.softcap(self),
+        )  # fmt: skip
+
+    def _with_cache(self, query: Tensor, stream: Stream, damp: Damping) -> AttentionCall:
+        """After a cache: the new tokens see what it held and one another."""
+        merged_key = stream.merged_key.to(stream.key.dtype)
+        return AttentionCall(
+            query=query,
+            exact_key=damp(rotate(stream.key, stream.cos, stream.sin)),
+            exact_value=stream.value,
+            merged_key=damp(rotate(merged_key, stream.cos, stream.sin)),
+            merged_value=stream.merged_value.to(stream.value.dtype),
+            alpha=stream.alpha, valid=stream.valid, delay=self.policy.delay, scaling=self.scaling,
+            softcap=families.softcap(self), closed_key=stream.closed_key,
+            closed_value=stream.closed_value, closed_mask=stream.closed_mask,
+            num_prefix=stream.num_prefix,
+        )  # fmt: skip
+
+
+class Damping:
+    """Takes the channel that decides out of queries and keys, before RoPE and after it.
+
+    RoPE mixes the channel with its partner, so one place would not do.
+
+    Args:
+        neuron: the channel; None changes nothing.
+        factor: what is left of it, each time.
+        like: (..., D) tensor of the right size, dtype and device.
+    """
+
+    def __init__(self, neuron: int | None, factor: float, like: Tensor) -> None:
+        self.factors: Tensor | None = None
+        if neuron is not None:
+            self.factors = torch.ones(like.shape[-1], dtype=like.dtype, device=like.device)
+            self.factors[neuron] = factor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return x if self.factors is None else x * self.factors
+
+
+def _alpha(logits: Tensor, run: FoldRun, valid: Tensor | None) -> Tensor:
+    """(B, K, T) of the mode; with `valid` (B, T) the text starts here and is constrained."""
+    if run.mode == "append":
+        return torch.zeros_like(logits)
+    if run.mode == "hard":
+        alpha = harden(logits)
+    else:
+        alpha = relax(logits, temperature=run.temperature, method=run.relaxation)
+    return alpha if valid is None else constrain(alpha, valid)
+
+
+def check_cache(cache: Any) -> None:
+    """Refuses a cache that a folded layer can't fill.
+
+    Raises:
+        ValueError: anything but None or a FoldedCache.
+    """
+    if cache is not None and not isinstance(cache, FoldedCache):
+        raise ValueError(
+            f"a folded model needs a FoldedCache, got {type(cache).__name__}; leave "
+            "past_key_values out, and generate() and forward() make one, or pass "
+            "cachefold.models.fold.new_cache(model)"
+        )
+
+
+def _folded_layer(cache: Any, layer_idx: int) -> Any:
+    check_cache(cache)
+    return None if cache is None else cache.layers[layer_idx]
+
+
+def folded_layers(model: PreTrainedModel) -> list[int]:
+    """Indices of the folded layers."""
+    layers = families.attention_layers(model)
+    return [i for i, layer in enumerate(layers) if isinstance(layer, FoldedAttention)]

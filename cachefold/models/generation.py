@@ -1,0 +1,90 @@
+"""generate() and save_pretrained() of a folded model, and the caches they use.
+
+`_prepare_cache_for_generation` is a private method of transformers: tests/test_contracts.py
+watches its signature.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from transformers import PreTrainedModel
+
+from cachefold.cache import FoldedCache
+from cachefold.models import families
+from cachefold.models.attention import check_cache, folded_layers
+from cachefold.models.run import FoldRun
+from cachefold.policies.base import LearnedPolicy
+
+
+class FoldedCausalLM:
+    """Mixin put before a model's class while it is folded."""
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Puts a FoldedCache where transformers would put a cache of its own."""
+        if generation_config.cache_implementation is not None:
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r} asks for another "
+                "cache, and a folded model needs a FoldedCache: leave the option out, or set "
+                "model.generation_config.cache_implementation = None if it comes from there"
+            )
+        cache = model_kwargs.get("past_key_values")
+        check_cache(cache)
+        if cache is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = new_cache(self)  # type: ignore[arg-type]
+            return None
+        return super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, *args, **kwargs
+        )
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: what transformers writes would load as a broken dense model.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "save_pretrained would write a model that loads as a dense one; use "
+            "cachefold.save_folded(model, folder, base=...), or unfold(model) first"
+        )
+
+
+def new_cache(model: PreTrainedModel) -> FoldedCache:
+    """An empty cache for a folded model.
+
+    Raises:
+        ValueError: the model is not folded.
+    """
+    layers = folded_layers(model)
+    if not layers:
+        raise ValueError("the model is not folded; call fold(model, policy) first")
+    policy: LearnedPolicy = families.attention_layers(model)[layers[0]].policy
+    return FoldedCache(model.config, folded_layers=layers, delay=policy.delay, window=policy.window)
+
+
+def supply_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward pre-hook: a call without a cache gets a folded one; other caches are refused."""
+    run = kwargs.get("fold_run") or FoldRun()
+    cache = kwargs.get("past_key_values")
+    if run.mode != "hard" and isinstance(cache, FoldedCache):
+        raise ValueError(
+            f"fold_run mode {run.mode!r} can't go on with a FoldedCache, which carries out hard "
+            'decisions; leave past_key_values out, or use FoldRun(mode="hard")'
+        )
+    if run.mode == "dense":
+        return None
+    check_cache(cache)
+    use_cache = kwargs.get("use_cache")
+    if use_cache is None:
+        # Only hard decisions can be carried out in a cache.
+        use_cache = kwargs["use_cache"] = model.config.use_cache and run.mode == "hard"
+    if use_cache and run.mode != "hard":
+        raise ValueError(
+            f"fold_run mode {run.mode!r} has no cache to carry its decisions out in; leave "
+            "use_cache out or set it to False"
+        )
+    if use_cache and cache is None:
+        kwargs["past_key_values"] = new_cache(model)
+    return args, kwargs

@@ -1,0 +1,141 @@
+"""Random texts for the cache, and what a token-by-token recurrence makes of them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+
+from cachefold.cache import FoldedLayer, Tokens
+
+HEADS, DIM, ROTARY = 2, 6, 4
+
+
+@dataclass
+class Text:
+    """Random inputs of a layer, float64."""
+
+    key: torch.Tensor
+    value: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+    alpha: torch.Tensor
+    omega: torch.Tensor
+    valid: torch.Tensor
+
+    def part(self, start: int, stop: int) -> list[torch.Tensor]:
+        long = (self.key, self.value, self.cos, self.sin, self.alpha, self.omega, self.valid)
+        return [x[:, start:stop] if x is self.cos or x is self.sin or x is self.valid
+                else x[:, :, start:stop] for x in long]  # fmt: skip
+
+
+def make_text(
+    seed: int, tokens: int, padding: list[int], merge_rate: float, trailing: int = 0
+) -> Text:
+    generator = torch.Generator().manual_seed(seed)
+    batch = len(padding)
+    draw = {"generator": generator, "dtype": torch.float64}
+    angle = torch.rand(batch, tokens, ROTARY // 2, **draw) * 6
+    angle = torch.cat([angle, angle], -1)
+    valid = torch.arange(tokens) >= torch.tensor(padding)[:, None]
+    if trailing:
+        valid[-1, -trailing:] = False
+    return Text(
+        torch.randn(batch, HEADS, tokens, DIM, **draw),
+        torch.randn(batch, HEADS, tokens, DIM, **draw),
+        angle.cos(),
+        angle.sin(),
+        (torch.rand(batch, HEADS, tokens, **draw) < merge_rate).double(),
+        torch.rand(batch, HEADS, tokens, **draw) * 0.9 + 0.1,
+        valid,
+    )
+
+
+def turn(x: list[float], cos: list[float], sin: list[float]) -> list[float]:
+    """Rotary embedding of one vector, pairs (c, c + ROTARY/2), written out."""
+    half, out = ROTARY // 2, list(x)
+    for c in range(half):
+        out[c] = x[c] * cos[c] - x[c + half] * sin[c]
+        out[c + half] = x[c + half] * cos[c + half] + x[c] * sin[c + half]
+    return out
+
+
+def expected_rows(
+    text: Text, b: int, k: int, i: int, delay: int, window: int | None
+) -> list[list[float]]:
+    """What query i sees: entries in order, then the exact tokens; rows are rotated key + value."""
+    entries: list[list[int]] = []
+    for j in range(i - delay + 1):
+        if not text.valid[b, j]:
+            continue
+        can_merge = j > 0 and bool(text.valid[b, j - 1])
+        if can_merge and text.alpha[b, k, j] == 1:
+            entries[-1].append(j)
+        else:
+            entries.append([j])
+    rows = []
+    for entry in entries:
+        members = entry if window is None else entry[-window:]
+        weight = sum(text.omega[b, k, j].item() for j in members)
+        mean = [
+            [sum(text.omega[b, k, j].item() * x[b, k, j, d].item() for j in members) / weight
+             for d in range(DIM)] for x in (text.key, text.value)
+        ]  # fmt: skip
+        cos, sin = text.cos[b, entry[-1]].tolist(), text.sin[b, entry[-1]].tolist()
+        rows.append(turn(mean[0], cos, sin) + mean[1])
+    for j in range(max(i - delay + 1, 0), i + 1):
+        if text.valid[b, j]:
+            cos, sin = text.cos[b, j].tolist(), text.sin[b, j].tolist()
+            rows.append(turn(text.key[b, k, j].tolist(), cos, sin) + text.value[b, k, j].tolist())
+    return rows
+
+
+def stream_rows(stream, b: int, k: int, row: int, delay: int) -> list[list[float]]:
+    """What stream token `row` sees, by the contract between cache and attention."""
+    rows = []
+    for s in range(stream.closed_mask.shape[-1]):
+        if stream.closed_mask[b, k, s]:
+            rows.append(stream.closed_key[b, k, s].tolist() + stream.closed_value[b, k, s].tolist())
+
+    def turned(key: torch.Tensor, value: torch.Tensor, j: int) -> list[float]:
+        cos, sin = stream.cos[b, j].tolist(), stream.sin[b, j].tolist()
+        return turn(key[b, k, j].tolist(), cos, sin) + value[b, k, j].tolist()
+
+    for j in range(max(stream.num_prefix - 1, 0), row - delay + 1):
+        if stream.valid[b, j] and (j == row - delay or stream.alpha[b, k, j + 1] == 0):
+            rows.append(turned(stream.merged_key, stream.merged_value, j))
+    for j in range(max(row - delay + 1, stream.num_prefix), row + 1):
+        if stream.valid[b, j]:
+            rows.append(turned(stream.key, stream.value, j))
+    return rows
+
+
+def as_rows(rows: list[list[float]]) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def poison(layer: FoldedLayer) -> None:
+    """NaN into every buffer slot that holds no entry."""
+    if layer.closed_key is None:
+        return
+    free = torch.arange(layer.closed_key.shape[2]) >= layer.lengths[..., None]
+    layer.closed_key[free] = math.nan
+    layer.closed_value[free] = math.nan
+
+
+def feed(layer: FoldedLayer, text: Text, bounds: list[int], check=None):
+    for start, stop in itertools.pairwise(bounds):
+        poison(layer)
+        stream = layer.extend(Tokens(*text.part(start, stop)))
+        if check is not None:
+            check(stream, start, stop)
+    return stream
+
+
+def cut(tokens: int, sizes: list[int]) -> list[int]:
+    bounds = [0]
+    while bounds[-1] < tokens:
+        bounds.append(min(bounds[-1] + sizes[(len(bounds) - 1) % len(sizes)], tokens))
+    return bounds

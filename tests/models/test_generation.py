@@ -1,0 +1,61 @@
+"""generate() makes a FoldedCache, takes no other, and the class is as before after unfold."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache, LlamaForCausalLM
+
+from cachefold import DMC, FoldedCache, fold, unfold
+from tests.models.tiny import random_ids, scramble_decisions, tiny_model
+
+OPTIONS = {"max_new_tokens": 4, "do_sample": False}
+
+
+def _folded():
+    model = fold(tiny_model(), DMC(delay=2))
+    scramble_decisions(model)
+    return model
+
+
+def test_generate_makes_a_folded_cache_unless_told_to_use_none():
+    model, ids = _folded(), random_ids(1, 9)
+    cached = model.generate(ids, return_dict_in_generate=True, **OPTIONS)
+    assert isinstance(cached.past_key_values, FoldedCache)
+    plain = model.generate(ids, use_cache=False, return_dict_in_generate=True, **OPTIONS)
+    assert plain.past_key_values is None
+    assert torch.equal(plain.sequences, cached.sequences)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"cache_implementation": "static"}, "cache_implementation='static' asks for another"),
+        ({"past_key_values": DynamicCache()}, "needs a FoldedCache, got DynamicCache"),
+    ],
+)
+def test_other_caches_are_refused(options, match):
+    with pytest.raises(ValueError, match=match):
+        _folded().generate(random_ids(1, 9), **options, **OPTIONS)
+
+
+def test_a_cache_implementation_of_the_model_is_refused_too():
+    model = _folded()
+    model.generation_config.cache_implementation = "static"
+    with pytest.raises(ValueError, match="generation_config.cache_implementation = None"):
+        model.generate(random_ids(1, 9), **OPTIONS)
+
+
+def test_the_class_changes_and_comes_back():
+    model = _folded()
+    assert type(model).__name__ == "FoldedLlamaForCausalLM"
+    assert isinstance(model, LlamaForCausalLM)
+    assert type(_folded()) is type(model)
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(random_ids(1, 9)).logits, model(random_ids(1, 9)).logits)
+    attributes = set(vars(tiny_model()))
+    assert type(unfold(model)) is LlamaForCausalLM and set(vars(model)) == attributes
+    out = model.generate(random_ids(1, 9), return_dict_in_generate=True, **OPTIONS)
+    assert type(out.past_key_values) is DynamicCache

@@ -1,0 +1,61 @@
+"""LoRA: leaves with the fold, and is switched off without a trace."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from cachefold import DMC, fold, unfold
+from cachefold.models.lora import adapted_modules, adapters_disabled, add_lora, lora_rank
+from tests.models.tiny import random_ids, tiny_model
+
+
+def _trained(family="Llama"):
+    model = add_lora(fold(tiny_model(family), DMC(delay=2)), 4)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize("family", ["Llama", "Phi3"])
+def test_unfold_removes_lora(family, tmp_path):
+    original, ids = tiny_model(family), random_ids(1, 9)
+    model = _trained(family)
+    assert not torch.equal(model(ids).logits, original(ids).logits) and lora_rank(model) == 4
+    unfold(model)
+    assert torch.equal(model(ids).logits, original(ids).logits)
+    assert not adapted_modules(model) and set(vars(model)) == set(vars(original))
+    model.save_pretrained(tmp_path)
+    loaded, facts = type(original).from_pretrained(tmp_path, output_loading_info=True)
+    assert not facts["missing_keys"] and not facts["unexpected_keys"]
+    assert torch.equal(loaded.eval()(ids).logits, original(ids).logits)
+
+
+def test_lora_from_before_the_fold_stays():
+    model, ids = add_lora(tiny_model(), 4), random_ids(1, 9)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    before, adapted = model(ids).logits, set(adapted_modules(model))
+    unfold(fold(model, DMC()))
+    assert adapted and set(adapted_modules(model)) == adapted
+    assert torch.equal(model(ids).logits, before) and hasattr(model, "peft_config")
+    assert isinstance(model, LlamaForCausalLM)
+
+
+def test_disabling_adapters_restores_switches_and_gradients():
+    model, ids = _trained(), random_ids(1, 9)
+    layers = list(adapted_modules(model).values())
+    layers[0].enable_adapters(False)
+    next(layers[1].parameters()).requires_grad_(True)
+    for name, parameter in model.named_parameters():
+        if "layers.1" in name and "lora_A" in name:
+            parameter.requires_grad_(False)
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises(KeyError), adapters_disabled(model):
+        assert torch.equal(model(ids).logits, tiny_model()(ids).logits)
+        raise KeyError
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert [layer.disable_adapters for layer in layers] == [True] + [False] * (len(layers) - 1)
