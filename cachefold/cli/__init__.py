@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from cachefold import __version__
+from cachefold.core.names import closest
 
 VERBS = ("retrofit", "generate", "explain", "demo", "ls", "env")
 """Verbs in the order of the help; each is the function `run` of a module of this package."""
@@ -42,7 +43,7 @@ class LazyGroup(TyperGroup):
         """
         if args[0] not in VERBS and not args[0].startswith("-"):
             raise ValueError(
-                f"unknown verb {args[0]!r}.{_closest(args[0])} Verbs: {', '.join(VERBS)}."
+                f"unknown verb {args[0]!r}.{closest(args[0], VERBS)} Verbs: {', '.join(VERBS)}."
             )
         return super().resolve_command(ctx, args)
 
@@ -53,13 +54,6 @@ class LazyGroup(TyperGroup):
         except ValueError as error:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             sys.exit(2)
-
-
-def _closest(name: str) -> str:
-    import difflib
-
-    match = difflib.get_close_matches(name, VERBS, n=1, cutoff=0.4)
-    return f" Did you mean {match[0]!r}?" if match else ""
 
 
 app = typer.Typer(

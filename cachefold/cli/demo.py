@@ -54,11 +54,10 @@ def _continue(loaded: Loaded, document: Path, tokens: int) -> FoldedCache:
 
     from cachefold.cli._artefact import cache_line, greedy_or_sample
     from cachefold.models.fold import new_cache
-    from cachefold.retrofit.config import DataConfig
-    from cachefold.retrofit.data import load_blocks
+    from cachefold.text import load_blocks
     from cachefold.viz import compression_map_blocks
 
-    blocks = load_blocks(DataConfig(files=[str(document)], seq_len=tokens), loaded.tokenizer)
+    blocks = load_blocks([document], loaded.tokenizer, tokens)
     ids = blocks[len(blocks) // 2][None].to(loaded.model.device)
     print(f"{document.name}: {tokens:,} tokens from its middle, continued:\n", flush=True)
     cache = new_cache(loaded.model)

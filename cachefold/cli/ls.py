@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from cachefold.core.names import closest
 
 KINDS = ("models", "policies", "artefacts", "recipes")
 
@@ -18,9 +19,7 @@ def run(
 ) -> None:
     """List models, policies, artefacts or recipes."""
     if what not in KINDS:
-        match = difflib.get_close_matches(what, KINDS, n=1)
-        hint = f" Did you mean {match[0]!r}?" if match else ""
-        raise ValueError(f"can't list {what!r}.{hint} Kinds: {', '.join(KINDS)}.")
+        raise ValueError(f"can't list {what!r}.{closest(what, KINDS)} Kinds: {', '.join(KINDS)}.")
     rows = {
         "models": _models, "policies": _policies, "artefacts": _artefacts, "recipes": _recipes,
     }[what]()  # fmt: skip

@@ -12,12 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from cachefold.core.accounting import compression_ratio, entries_kept
+from cachefold.core.accounting import compression_ratio, count_entries
 from cachefold.core.decisions import Decisions
 from cachefold.models.fold import FoldRun, is_folded
-from cachefold.models.hub import adapters_disabled
-from cachefold.retrofit.config import DataConfig
-from cachefold.retrofit.data import load_blocks
+from cachefold.models.lora import adapters_disabled
+from cachefold.text import load_blocks
 
 _CHUNK = 128
 
@@ -85,7 +84,7 @@ def _measure_file(
     pieces: int,
     tokens: int,
 ) -> HeldOutLoss:
-    blocks = load_blocks(DataConfig(files=[str(file)], seq_len=tokens), tokenizer)[:pieces]
+    blocks = load_blocks([file], tokenizer, tokens)[:pieces]
     pieces = len(blocks)
     dense, folded, seen, kept = 0.0, 0.0, 0, 0
     for piece in blocks[:, None]:
@@ -93,11 +92,10 @@ def _measure_file(
         decisions: dict[int, Decisions] = {}
         folded += _loss(model, piece, FoldRun(recorder=decisions))
         assert decisions, "no layer decided: folding was not seen"
+        alphas = (decision.alpha for decision in decisions.values())
         valid = torch.ones_like(piece, dtype=torch.bool)
-        delay = model.config.cachefold["delay"]
-        for decision in decisions.values():
-            kept += int(entries_kept(decision.alpha, valid, delay).sum())
-            seen += decision.alpha.numel()
+        more_seen, more_kept = count_entries(alphas, valid, model.config.cachefold["delay"])
+        seen, kept = seen + more_seen, kept + more_kept
     return HeldOutLoss(
         name=file.name.split(".")[0], pieces=pieces, tokens=tokens,
         dense_loss=dense / pieces, folded_loss=folded / pieces,

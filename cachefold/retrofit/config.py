@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import yaml
 
 from cachefold.core.decisions import RELAXATIONS
+from cachefold.core.names import closest
 from cachefold.policies import get_policy
-from cachefold.policies.base import closest
 
 _Config = TypeVar("_Config")
 DTYPES = ("bfloat16", "float32")
@@ -65,18 +65,19 @@ class TrainConfig:
     compression_weight: float = 5.0
     """Weight of the one-sided compression loss."""
     cr_margin: float = 0.05
-    """Relative head-room on the trained ratio, so that every held-out text reaches `policy.cr`."""
+    """Relative head-room on the trained ratio, so that held-out text reaches `policy.cr` too."""
     ramp_fraction: float = 0.6
-    """Part of the steps over which the target ratio rises from 1 to its full value."""
+    """Part of the steps after the zero-out over which the target rises from 1 to `policy.cr`."""
     solidify_fraction: float = 0.3
-    """Last part of the steps, in which the learning rate falls to a tenth along a cosine."""
+    """Last part of these steps, in which the learning rate falls to a tenth along a cosine."""
     zero_out_steps: int = 0
-    """Steps that fade out the decision neuron before the ramp; only for decision `neuron`."""
+    """First steps, which fade the decision neuron out of attention while nothing merges; only for
+    decision `neuron`. 0 = the model has been through this already."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
     save_every: int = 50
     """Steps between checkpoints."""
-    log_every: int = 10
+    log_every: int = 1
     """Steps between log lines."""
     seed: int = 0
     """Of the data order, the LoRA weights and the noise on the decisions."""
@@ -90,7 +91,18 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RetrofitConfig:
-    """All a retrofit needs; one YAML file."""
+    """All a retrofit needs; one YAML file.
+
+    >>> config = RetrofitConfig(
+    ...     model="smollm2-135m",
+    ...     output_dir="runs/first",
+    ...     policy={"name": "dmc", "cr": 4},
+    ...     data=DataConfig(files=["text.jsonl"], seq_len=512),
+    ...     train=TrainConfig(tokens=10_240, batch_size=2),
+    ... )
+    >>> config.steps, config.build_policy().cr
+    (10, 4)
+    """
 
     model: str
     """Zoo name, hub id or folder of the model to fold."""
@@ -105,8 +117,10 @@ class RetrofitConfig:
 
     def __post_init__(self) -> None:
         """Checks values that types alone do not."""
+        policy = self.build_policy()
         _check_data(self.data)
-        _check_train(self.train, self.build_policy())
+        _check_train(self.train)
+        _check_schedule(self, policy)
 
     def build_policy(self) -> Any:
         """Makes the policy.
@@ -231,7 +245,7 @@ def _check_data(data: DataConfig) -> None:
         raise ValueError("give data.files or data.dataset, not both")
 
 
-def _check_train(train: TrainConfig, policy: Any) -> None:
+def _check_train(train: TrainConfig) -> None:
     for name in ("tokens", "batch_size", "accumulation", "save_every", "log_every"):
         if getattr(train, name) < 1:
             raise ValueError(f"train.{name} must be at least 1, got {getattr(train, name)}")
@@ -254,5 +268,31 @@ def _check_train(train: TrainConfig, policy: Any) -> None:
             )
     if train.kd_weight == train.ce_weight == 0:
         raise ValueError("train.kd_weight and train.ce_weight are both 0: nothing keeps quality")
-    if train.zero_out_steps and getattr(policy, "decision", None) != "neuron":
+
+
+def _check_schedule(config: RetrofitConfig, policy: Any) -> None:
+    """Checks what takes several fields together."""
+    train, neuron = config.train, policy.decision == "neuron"
+    if config.data.seq_len <= policy.delay:
+        raise ValueError(
+            f"data.seq_len must be more than policy.delay, or no token is ever merged; got "
+            f"{config.data.seq_len} and {policy.delay}"
+        )
+    if train.ramp_fraction + train.solidify_fraction > 1 + 1e-9:
+        raise ValueError(
+            "train.ramp_fraction + train.solidify_fraction must be <= 1: the target is to be "
+            f"reached before the learning rate falls; got {train.ramp_fraction} + "
+            f"{train.solidify_fraction}"
+        )
+    if train.zero_out_steps and not neuron:
         raise ValueError("train.zero_out_steps is only for policy.decision: neuron; set it to 0")
+    if train.zero_out_steps >= config.steps:
+        raise ValueError(
+            f"train.zero_out_steps must be less than the {config.steps} steps that train.tokens "
+            f"allows, got {train.zero_out_steps}"
+        )
+    if neuron and train.lora_rank:
+        raise ValueError(
+            "policy.decision: neuron changes the projections themselves, so the frozen original "
+            f"has to be the teacher; set train.lora_rank: 0, got {train.lora_rank}"
+        )

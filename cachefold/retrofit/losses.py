@@ -120,32 +120,32 @@ def _chunk(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums of divergence and cross entropy, and the gradient (n, V) with respect to the logits."""
     wide = torch.promote_types(logits.dtype, torch.float32)
-    slope = None
+    cap_gradient = None
     if weights.softcap is not None:
         logits, teacher_logits = (
             _cap(logits, weights.softcap),
             _cap(teacher_logits, weights.softcap),
         )
-        slope = 1 - (logits / weights.softcap) ** 2
+        cap_gradient = 1 - (logits / weights.softcap) ** 2
     log_student = torch.log_softmax(logits, -1, dtype=wide)
     counts = (labels >= 0).to(wide)
     ce = -(log_student.gather(1, labels.clamp(min=0)[:, None])[:, 0] * counts).sum()
     kd = log_student.new_zeros(())
     scale = counts * (weights.ce / max(count, 1))  # (n,)
-    pull = None
+    teacher_term = None
     if weights.kd:
         log_teacher = torch.log_softmax(teacher_logits, -1, dtype=wide)
-        pull = log_teacher.exp()
-        kd = torch.bmm(pull[:, None], log_teacher.sub_(log_student)[..., None]).sum()
-        pull.mul_(weights.kd / total)
+        teacher_term = log_teacher.exp()
+        kd = torch.bmm(teacher_term[:, None], log_teacher.sub_(log_student)[..., None]).sum()
+        teacher_term.mul_(weights.kd / total)
         scale = scale + weights.kd / total
     grad = log_student.exp_().mul_(scale[:, None])
-    if pull is not None:
-        grad.sub_(pull)
+    if teacher_term is not None:
+        grad.sub_(teacher_term)
     if weights.ce:
-        pick = counts * (-weights.ce / max(count, 1))
-        grad.scatter_add_(1, labels.clamp(min=0)[:, None], pick[:, None])
-    return kd, ce, grad if slope is None else grad.mul_(slope)
+        label_term = counts * (-weights.ce / max(count, 1))
+        grad.scatter_add_(1, labels.clamp(min=0)[:, None], label_term[:, None])
+    return kd, ce, grad if cap_gradient is None else grad.mul_(cap_gradient)
 
 
 def _cap(logits: Tensor, cap: float) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import tempfile
 import time
 from dataclasses import replace
@@ -12,16 +13,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
-from cachefold.core.accounting import compression_ratio, entries_kept
+from cachefold.core.accounting import compression_ratio, count_entries, entries_kept
 from cachefold.core.decisions import Decisions
 from cachefold.models.fold import FoldRun, fold
-from cachefold.models.hub import add_lora, load_trainable_state, save_folded
-from cachefold.retrofit.checkpoint import WEIGHTS, prepare_output
+from cachefold.models.hub import load_trainable_state, save_folded, trainable_state
+from cachefold.models.lora import add_lora
+from cachefold.retrofit.checkpoint import RECIPE, WEIGHTS, check_finite, check_output, claim_output
 from cachefold.retrofit.config import RetrofitConfig
 from cachefold.retrofit.data import PackedDataset, load_blocks, split_held_out
+from cachefold.retrofit.reporting import LOG
 from cachefold.retrofit.trainer import RetrofitTrainer
+from cachefold.zoo import base_revision, load_base
 
 FINAL = "final"
 MAP = "map.json"
@@ -43,32 +47,38 @@ def run_retrofit(
         and `seconds` of the pass; after training `cr` (held-out) and `folder` of the artefact.
 
     Raises:
-        ValueError: anything wrong with recipe, data or output folder.
-        RetrofitDivergedError: the loss is no number any more.
+        ValueError: anything wrong with recipe, model, data or output folder; the folder is left
+            as it was.
+        RetrofitDivergedError: loss, gradient or weights are not finite any more.
     """
     _check_tensorboard(config)
-    checkpoint = None
-    if not dry_run:
-        checkpoint = prepare_output(Path(config.output_dir), config.to_yaml(), resume)
+    check_output(config, resume)
     model, tokenizer = load_model(config)
     blocks, held_out = split_held_out(load_blocks(config.data, tokenizer), config.data.held_out)
     teacher = prepare(model, config)
-    facts: dict[str, Any] = {
-        "steps": config.steps,
-        "tokens": config.steps * config.tokens_per_step,
-        "sequences": len(blocks),
-        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-    }
+    facts = _size(config, model, len(blocks))
     length = config.steps * config.train.batch_size * config.train.accumulation
     dataset = PackedDataset(blocks, seed=config.train.seed, length=length)
     if dry_run:
         return {**facts, **rehearse(model, config, dataset, teacher)}
-    trainer = RetrofitTrainer(model, config, dataset, teacher=teacher)
+    trainer = RetrofitTrainer(model, args=config, train_dataset=dataset, teacher=teacher)
+    checkpoint = claim_output(config)
+    if resume and checkpoint is None:
+        print("no checkpoint yet, starting at step 1", flush=True)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         trainer.report.close()
     return {**facts, **finish(model, config, held_out, facts["tokens"])}
+
+
+def _size(config: RetrofitConfig, model: PreTrainedModel, sequences: int) -> dict[str, Any]:
+    return {
+        "steps": config.steps,
+        "tokens": config.steps * config.tokens_per_step,
+        "sequences": sequences,
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }
 
 
 def _check_tensorboard(config: RetrofitConfig) -> None:
@@ -88,18 +98,22 @@ def rehearse(
         `loss`, and `seconds` the pass took.
 
     Raises:
-        RetrofitDivergedError: the loss is no number.
+        RetrofitDivergedError: loss or gradient is not finite.
         ValueError: the checkpoint can't be read back.
     """
     items = [dataset[i]["input_ids"] for i in range(config.train.batch_size)]
     with tempfile.TemporaryDirectory() as folder:
         trainer = RetrofitTrainer(
-            model, replace(config, output_dir=folder), dataset, teacher=teacher
+            model,
+            args=replace(config, output_dir=folder),
+            train_dataset=dataset,
+            teacher=teacher,
         )
         batch = {"input_ids": torch.stack(items).to(trainer.args.device)}
         start = time.perf_counter()
-        loss = trainer.compute_loss(trainer.model, batch)
+        loss = trainer.compute_loss(model, batch)
         loss.backward()
+        trainer.check_gradients()
         seconds = time.perf_counter() - start
         trainer.save_model(folder)
         load_trainable_state(model, Path(folder) / WEIGHTS)
@@ -108,15 +122,10 @@ def rehearse(
 
 
 def load_model(config: RetrofitConfig) -> tuple[PreTrainedModel, Any]:
-    """Loads the base model and its tokenizer: a folder or hub id, else a zoo name."""
+    """Loads the base model and its tokenizer."""
     dtype = getattr(torch, config.train.dtype)
     if config.train.lora_rank == 0:
         dtype = torch.float32  # trained weights; the products are in train.dtype all the same
-    if "/" in config.model or Path(config.model).is_dir():
-        model = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype)
-        return model, AutoTokenizer.from_pretrained(config.model)
-    from cachefold.zoo import load_base
-
     base: tuple[PreTrainedModel, Any] = load_base(config.model, dtype=dtype)
     return base
 
@@ -142,15 +151,23 @@ def prepare(model: PreTrainedModel, config: RetrofitConfig) -> PreTrainedModel |
 def finish(
     model: PreTrainedModel, config: RetrofitConfig, held_out: Tensor, tokens: int
 ) -> dict[str, Any]:
-    """Measures on held-out text and writes the artefact and its map."""
+    """Measures on held-out text and writes the artefact, its map, recipe and log.
+
+    Raises:
+        RetrofitDivergedError: a weight is not finite; nothing is written.
+    """
+    check_finite(trainable_state(model), config.steps)
     result = measure(model, held_out, config)
-    folder = Path(config.output_dir) / FINAL
+    output = Path(config.output_dir)
+    folder = output / FINAL
     save_folded(
-        model, folder, base={"id": config.model, "revision": "main"},
+        model, folder, base={"id": config.model, "revision": base_revision(config.model, model)},
         extra={"tokens": tokens, "seq_len": config.data.seq_len, "cr": result["cr"]},
     )  # fmt: skip
     (folder / MAP).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (folder / "recipe.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    (folder / RECIPE).write_text(config.to_yaml(), encoding="utf-8")
+    if (output / LOG).is_file():
+        shutil.copyfile(output / LOG, folder / LOG)
     least = result["least_cr"]
     print(f"held-out cr {result['cr']:.3f} (least {least:.3f}), saved to {folder}", flush=True)
     return {"cr": result["cr"], "least_cr": least, "folder": str(folder)}
@@ -160,34 +177,43 @@ def finish(
 def measure(model: PreTrainedModel, held_out: Tensor, config: RetrofitConfig) -> dict[str, Any]:
     """Ratios on held-out sequences with the hard decisions of inference.
 
+    Args:
+        model: folded; left in eval mode.
+        held_out: (M, T) token ids.
+        config: the recipe.
+
     Returns:
         `cr` over everything, `least_cr` of one sequence, `tokens` of a sequence, and `map`:
         for each folded layer its index `layer` and the `cr` of every head.
     """
-    policy, device = config.build_policy(), next(model.parameters()).device
-    dtype = getattr(torch, config.train.dtype)
-    mixed = dtype != torch.float32
+    delay, (sequences, tokens) = config.build_policy().delay, held_out.shape
+    valid = torch.ones(1, tokens, dtype=torch.bool, device=model.device)
     model.train(False)
-    kept: dict[int, list[Tensor]] = {}
+    counts: list[tuple[int, int]] = []
+    entries: dict[int, Tensor] = {}  # (K,) per layer, summed over sequences
     for block in held_out:
-        decisions: dict[int, Decisions] = {}
-        with torch.autocast(device.type, dtype if mixed else None, enabled=mixed):
-            model(
-                input_ids=block[None].to(device), logits_to_keep=1, use_cache=False,
-                fold_run=FoldRun(mode="hard", recorder=decisions),
-            )  # fmt: skip
-        valid = torch.ones(1, len(block), dtype=torch.bool, device=device)
+        decisions = _decide(model, block[None].to(model.device), config.train.dtype)
+        counts.append(count_entries((d.alpha for d in decisions.values()), valid, delay))
         for layer, decision in decisions.items():
-            entries = entries_kept(decision.alpha, valid, policy.delay)[0].cpu()
-            kept.setdefault(layer, []).append(entries)
-    entries = torch.stack([torch.stack(kept[layer]) for layer in sorted(kept)])  # (L, M, K)
-    num_layers, num_blocks, heads = entries.shape
-    tokens = held_out.shape[1]
-    each = [
-        compression_ratio(tokens * num_layers * heads, int(entries[:, i].sum()))
-        for i in range(num_blocks)
+            kept = entries_kept(decision.alpha, valid, delay)[0].cpu()
+            entries[layer] = entries.get(layer, 0) + kept
+    rows = [
+        {"layer": layer, "cr": (tokens * sequences / entries[layer]).tolist()}
+        for layer in sorted(entries)
     ]
-    per_head = (tokens * num_blocks / entries.sum(1)).tolist()
-    rows = [{"layer": layer, "cr": row} for layer, row in zip(sorted(kept), per_head, strict=True)]
-    total = compression_ratio(tokens * entries[..., 0].numel() * heads, int(entries.sum()))
-    return {"cr": total, "least_cr": min(each), "tokens": tokens, "map": rows}
+    seen, kept_in_all = (sum(column) for column in zip(*counts, strict=True))
+    least = min(compression_ratio(*count) for count in counts)
+    total = compression_ratio(seen, kept_in_all)
+    return {"cr": total, "least_cr": least, "tokens": tokens, "map": rows}
+
+
+def _decide(model: PreTrainedModel, ids: Tensor, dtype: str) -> dict[int, Decisions]:
+    """Hard decisions on (1, T) ids, by layer."""
+    decisions: dict[int, Decisions] = {}
+    mixed = dtype != "float32"
+    with torch.autocast(ids.device.type, getattr(torch, dtype) if mixed else None, enabled=mixed):
+        model(
+            input_ids=ids, logits_to_keep=1, use_cache=False,
+            fold_run=FoldRun(mode="hard", recorder=decisions),
+        )  # fmt: skip
+    return decisions

@@ -8,38 +8,62 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import Dataset, SequentialSampler
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
-from transformers.trainer_utils import rotate_checkpoints
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, PrinterCallback
 
-from cachefold.core.accounting import compression_ratio, entries_kept
-from cachefold.core.decisions import Decisions
+from cachefold.core.accounting import compression_ratio, count_entries
+from cachefold.core.decisions import Decisions, constrain
 from cachefold.core.schedule import compression_loss
-from cachefold.models.fold import FoldRun
-from cachefold.models.hub import load_trainable_state, trainable_state
-from cachefold.retrofit.checkpoint import RECIPE, WEIGHTS, WRITING, publish
+from cachefold.models.fold import FoldRun, zero_decision_neurons
+from cachefold.models.lora import adapters_disabled, lora_rank
+from cachefold.retrofit.arguments import (
+    checkpoint_activations,
+    parameter_groups,
+    training_arguments,
+)
+from cachefold.retrofit.checkpoint import RetrofitDivergedError
 from cachefold.retrofit.config import RetrofitConfig
 from cachefold.retrofit.losses import distillation_loss
 from cachefold.retrofit.reporting import Meter, Report
-from cachefold.retrofit.schedules import Plan
+from cachefold.retrofit.schedule import RetrofitSchedule
+from cachefold.retrofit.trainer_hooks import CheckpointTrainer
 
 
-class RetrofitDivergedError(RuntimeError):
-    """The loss is no number any more; checkpoints written before are kept."""
+class RetrofitTrainer(CheckpointTrainer):
+    """`transformers.Trainer` with the loss, schedules and checkpoints of a retrofit.
 
-
-class RetrofitTrainer(Trainer):
-    """`transformers.Trainer` with the loss, schedules and checkpoints of a retrofit."""
+    >>> import tempfile
+    >>> import torch
+    >>> import cachefold
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from cachefold.models.lora import add_lora
+    >>> from cachefold.retrofit.config import DataConfig, TrainConfig
+    >>> from cachefold.retrofit.data import PackedDataset
+    >>> shape = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2, vocab_size=32)
+    >>> model = LlamaForCausalLM(LlamaConfig(**shape, num_hidden_layers=1))
+    >>> model = add_lora(cachefold.fold(model, cachefold.DMC(cr=2, delay=4)), rank=2)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     config = RetrofitConfig(
+    ...         model="tiny",
+    ...         output_dir=folder,
+    ...         policy={"name": "dmc", "cr": 2, "delay": 4},
+    ...         data=DataConfig(seq_len=16),
+    ...         train=TrainConfig(tokens=32, dtype="float32"),
+    ...     )
+    ...     text = PackedDataset(torch.randint(0, 32, (2, 16)))
+    ...     RetrofitTrainer(model, args=config, train_dataset=text).train().global_step
+    step 1/2 retrofit loss 0.0000 kd 0.0000 cr 1.00/1.00 alpha ...
+    step 2/2 retrofit loss ... cr 1.00/2.00 alpha ...
+    2
+    """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        config: RetrofitConfig,
-        train_dataset: Dataset[dict[str, Tensor]],
         *,
+        args: RetrofitConfig,
+        train_dataset: Dataset[dict[str, Tensor]],
         teacher: PreTrainedModel | None = None,
     ) -> None:
         """Prepares training.
@@ -47,31 +71,65 @@ class RetrofitTrainer(Trainer):
         Args:
             model: folded, and with LoRA unless `teacher` is given; what is to be trained
                 requires a gradient.
-            config: the recipe.
+            args: the recipe.
             train_dataset: items with `input_ids` (seq_len,), in the order of training.
             teacher: the original model, when all weights are trained; None = the model itself
                 without its LoRA.
+
+        Raises:
+            ValueError: no teacher and no LoRA, or more than one process or GPU.
         """
-        adapters = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
-        if teacher is None and not adapters:
+        if teacher is None and not lora_rank(model):
             raise ValueError(
                 "without LoRA the model can't be its own teacher; add LoRA (train.lora_rank > 0) "
                 "or pass teacher="
             )
-        self.recipe, self.teacher, self._adapters = config, teacher, adapters
-        self.plan = Plan(config.steps, config.build_policy(), config.train, config.data.seq_len)
+        self.recipe, self.teacher = args, teacher
+        self._writing = None
+        self.schedule = RetrofitSchedule.of(args)
         self.meter, self._micro = Meter(), (-1, 0)
-        self._writing: Path | None = None
-        self.report = Report(Path(config.output_dir), config.tokens_per_step)
+        self.report = Report(Path(args.output_dir), args.tokens_per_step, self.schedule)
         model.config.use_cache = False
-        if config.train.gradient_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
-        super().__init__(model, _arguments(config), train_dataset=train_dataset)
-        self.loss_is_scaled_for_ga = False
+        if args.train.gradient_checkpointing:
+            checkpoint_activations(model)
+        super().__init__(model, training_arguments(args), train_dataset=train_dataset)
+        self.model_accepts_loss_kwargs = False  # so the loss is divided by train.accumulation
         self.remove_callback(PrinterCallback)
         self.add_callback(self.report)
         if teacher is not None:
             nn.Module.to(teacher, self.args.device).train(False).requires_grad_(False)
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """One forward and backward pass.
+
+        Raises:
+            RetrofitDivergedError: loss or gradient is not finite; no weight was changed by it.
+        """
+        step = self.state.global_step
+        self._micro = (step, self._micro[1] + 1 if self._micro[0] == step else 0)
+        # Before the first step without zero-out, by the step alone: a resumed run does it too.
+        if 0 < self.recipe.train.zero_out_steps == step and self._micro[1] == 0:
+            zero_decision_neurons(self.accelerator.unwrap_model(self.model))
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        self.check_gradients()
+        return loss
+
+    def check_gradients(self) -> None:
+        """Looks at the gradients before anything is done with them.
+
+        Raises:
+            RetrofitDivergedError: their norm is not finite.
+        """
+        model: Any = self.model
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        if not torch.isfinite(norm):
+            step = self.state.global_step + 1
+            raise RetrofitDivergedError(f"the gradient norm is {norm.item()} at step {step}")
 
     def compute_loss(
         self,
@@ -83,29 +141,32 @@ class RetrofitTrainer(Trainer):
         """Distillation + cross entropy + compression on one batch of `input_ids` (B, T)."""
         ids: Tensor = inputs["input_ids"]
         step = self.state.global_step
-        self._micro = (step, self._micro[1] + 1 if self._micro[0] == step else 0)
         decisions: dict[int, Decisions] = {}
-        train = self.recipe.train
-        run = FoldRun(
-            mode="relaxed", temperature=train.temperature, relaxation=train.relaxation,
-            zero_out=self.plan.zero_out(step), recorder=decisions,
-        )  # fmt: skip
         with torch.no_grad(), self._as_teacher(model) as teacher:
             target = self._hidden(teacher, ids, FoldRun(mode="dense"))
         with self._noise(ids.device, step, self._micro[1]):
-            student = self._hidden(model, ids, run)
-        quality, kd, ce = self._distil(student, target, ids)
+            student = self._hidden(model, ids, self._student_run(step, decisions))
+        distillation, kd, ce = self._distil(student, target, ids)
         alpha = torch.stack([d.alpha.mean((1, 2)) for d in decisions.values()]).mean(0)
-        squeeze = compression_loss(alpha, self.plan.mean_alpha(step))
-        loss = quality + train.compression_weight * squeeze
+        compression = compression_loss(alpha, self.schedule.mean_alpha(step))
+        loss = distillation + self.recipe.train.compression_weight * compression
         if not torch.isfinite(loss):
             raise RetrofitDivergedError(
-                f"the loss is {loss.item()} at step {step + 1} (kd {kd.item()}, ce {ce.item()}); "
-                "checkpoints so far are kept. Lower train.learning_rate, or set train.dtype: "
-                "float32, and start again."
+                f"the loss is {loss.item()} at step {step + 1} (kd {kd.item()}, ce {ce.item()})"
             )
-        self._measure(decisions, step, kd=kd, ce=ce, alpha=alpha.mean(), compression=squeeze)
+        facts = {"kd": kd, "ce": ce, "alpha": alpha.mean(), "compression": compression}
+        self._measure(decisions, step, facts)
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _student_run(self, step: int, decisions: dict[int, Decisions]) -> FoldRun:
+        train = self.recipe.train
+        if self.schedule.stage(step) == "zero_out":
+            factor = self.schedule.zero_out(step)
+            return FoldRun(mode="append", zero_out=factor, recorder=decisions)
+        return FoldRun(
+            mode="relaxed", temperature=train.temperature, relaxation=train.relaxation,
+            recorder=decisions,
+        )  # fmt: skip
 
     def _hidden(self, model: nn.Module, ids: Tensor, run: FoldRun) -> Tensor:
         """Last hidden states after the final norm, (B, T, E) in the training dtype."""
@@ -139,16 +200,13 @@ class RetrofitTrainer(Trainer):
 
     @contextmanager
     def _as_teacher(self, model: nn.Module) -> Iterator[nn.Module]:
+        """The original model, without dropout; the modules of `model` come back as they were."""
         if self.teacher is not None:
             yield self.teacher
             return
-        for layer in self._adapters:
-            layer.enable_adapters(False)
-        try:
+        student: Any = self.accelerator.unwrap_model(model)
+        with adapters_disabled(student), _evaluating(student):
             yield model
-        finally:
-            for layer in self._adapters:
-                layer.enable_adapters(True)
 
     @contextmanager
     def _noise(self, device: torch.device, step: int, micro: int) -> Iterator[None]:
@@ -159,37 +217,33 @@ class RetrofitTrainer(Trainer):
             torch.manual_seed(seed + 1_000_000_007 * self.args.process_index)
             yield
 
-    def _measure(self, decisions: dict[int, Decisions], step: int, **values: Tensor) -> None:
-        kept, seen = 0, 0
-        for decision in decisions.values():
-            hard = decision.hard().alpha
-            hard[..., 0] = 0
-            valid = torch.ones_like(hard[:, 0], dtype=torch.bool)
-            kept += int(entries_kept(hard, valid, self.plan.policy.delay).sum())
-            seen += hard.numel()
-        facts = {name: value.item() for name, value in values.items()}
-        target = self.plan.trained_cr(step)
-        self.meter.add(cr=compression_ratio(seen, kept), target=target, **facts)
+    def _measure(
+        self, decisions: dict[int, Decisions], step: int, facts: dict[str, Tensor]
+    ) -> None:
+        """Keeps for the log: facts, ratio with hard decisions, target, and aim (with head-room)."""
+        merges = self.schedule.stage(step) != "zero_out"
+        alphas = [(d.hard() if merges else d).alpha.detach() for d in decisions.values()]
+        valid = torch.ones_like(alphas[0][:, 0], dtype=torch.bool)  # packed: no padding
+        alphas = [constrain(alpha, valid) for alpha in alphas]
+        seen, kept = count_entries(alphas, valid, self.schedule.policy.delay)
+        self.meter.add(
+            cr=compression_ratio(seen, kept),
+            target=self.schedule.target(step),
+            aim=self.schedule.aim(step),
+            **{name: value.item() for name, value in facts.items()},
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds what the loss saw since the last line."""
+        """Adds what the loss saw since the last line, and the speed, for every logger."""
         if "loss" in logs:
-            logs = {**logs, **self.meter.drain()}
+            logs = {**logs, **self.meter.drain(), **self.report.speed(self.state)}
         super().log(logs, start_time)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW without decay; decision modules have their own learning rate."""
         if self.optimizer is None:
             student: Any = self.model
-            named = [(n, p) for n, p in student.named_parameters() if p.requires_grad]
-            train = self.recipe.train
-            rest = [p for n, p in named if ".decision." not in n]
-            groups = [
-                {"params": rest, "lr": train.learning_rate},
-                {"params": [p for n, p in named if ".decision." in n],
-                 "lr": train.decision_learning_rate},
-            ]  # fmt: skip
-            groups = [group for group in groups if group["params"]]
+            groups = parameter_groups(student, self.recipe.train)
             self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
         return self.optimizer
 
@@ -200,66 +254,19 @@ class RetrofitTrainer(Trainer):
         if self.lr_scheduler is None:
             optimizer = optimizer or self.optimizer
             assert optimizer is not None
-            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.plan.learning_rate)
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule.learning_rate)
             self.lr_scheduler = schedule
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        dataset: Any = self.train_dataset
-        return SequentialSampler(dataset)  # the dataset is shuffled already
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._writing) if self._writing else super()._get_output_dir(trial)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Writes beside, then renames: a killed run leaves only whole checkpoints."""
-        output_dir = Path(self.recipe.output_dir)
-        self._writing = output_dir / WRITING
-        try:
-            super()._save_checkpoint(model, trial)
-            if self.args.should_save:
-                name = f"checkpoint-{self.state.global_step}"
-                publish(self._writing / name, output_dir / name)
-                self._writing.rmdir()
-                rotate_checkpoints(str(output_dir), self.args.save_total_limit)
-        finally:
-            self._writing = None
-
-    def _save(
-        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
-    ) -> None:
-        folder = Path(output_dir or self.recipe.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        state = trainable_state(self.accelerator.unwrap_model(self.model))
-        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
-        (folder / RECIPE).write_text(self.recipe.to_yaml(), encoding="utf-8")
-
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
-        student: Any = self.model
-        load_trainable_state(student, Path(resume_from_checkpoint) / WEIGHTS)
-
-
-def _arguments(config: RetrofitConfig) -> TrainingArguments:
-    train = config.train
-    # The dtype is no business of Trainer: its autocast would turn hidden states into float32.
-    return TrainingArguments(
-        output_dir=config.output_dir,
-        max_steps=config.steps,
-        per_device_train_batch_size=train.batch_size,
-        gradient_accumulation_steps=train.accumulation,
-        max_grad_norm=train.max_grad_norm,
-        logging_steps=train.log_every,
-        logging_nan_inf_filter=False,
-        save_strategy="steps",
-        save_steps=train.save_every,
-        save_total_limit=2,
-        seed=train.seed,
-        remove_unused_columns=False,
-        label_names=[],
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        report_to=["tensorboard"] if train.tensorboard else [],
-    )
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for the length of a `with` block."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.train(False)
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from cachefold.cli import app
 from cachefold.models.fold import fold
-from cachefold.models.hub import add_lora, save_folded
+from cachefold.models.hub import save_folded
+from cachefold.models.lora import add_lora
 from cachefold.policies import DMC
 from tests.models.tiny import scramble_decisions, tiny_model
 from tests.retrofit.tiny import WORDS, make_tokenizer

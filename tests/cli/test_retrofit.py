@@ -57,11 +57,37 @@ def test_moved_run_folder_is_refused(cli: Run, workspace: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("override", "message"),
-    [("train.tokns=3", "tokens"), ("policy.cr=0.5", "must be >= 1"), ("nothing", "override")],
+    [("train.tokns=3", "tokens"), ("policy.cr=0.5", "number >= 1"), ("nothing", "override")],
 )
 def test_bad_overrides(cli: Run, workspace: Path, override: str, message: str) -> None:
     result = cli("retrofit", workspace / "recipe.yaml", override, "--dry-run")
     assert result.exit_code == 2 and message in result.stderr
+
+
+def test_dry_run_and_resume_look_at_the_folder(cli: Run, workspace: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("")
+    base = ("retrofit", workspace / "recipe.yaml", f"output_dir={tmp_path}")
+    for option, message in (("--dry-run", "not empty"), ("--resume", "no run to resume")):
+        result = cli(*base, option)
+        assert result.exit_code == 2 and message in result.stderr, option
+
+
+def test_resume_without_a_checkpoint_starts_at_step_1(
+    cli: Run, workspace: Path, tmp_path: Path
+) -> None:
+    values = recipe(workspace, steps=2, log_every=1) | {"output_dir": str(tmp_path)}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    result = cli("retrofit", tmp_path, "--resume")
+    assert result.exit_code == 0, result.output
+    assert "no checkpoint yet, starting at step 1\nstep 1/2 retrofit loss" in result.stdout
+
+
+def test_failed_start_can_be_repeated(cli: Run, workspace: Path, tmp_path: Path) -> None:
+    base = ("retrofit", workspace / "recipe.yaml", f"output_dir={tmp_path / 'out'}")
+    failed = cli(*base, f"model={tmp_path}")
+    assert failed.exit_code == 2 and "can't load base model" in failed.stderr
+    assert "Traceback" not in failed.output
+    assert cli(*base).exit_code == 0
 
 
 def test_no_recipe(cli: Run, tmp_path: Path) -> None:

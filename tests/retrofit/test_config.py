@@ -46,15 +46,17 @@ def test_yaml_round_trip(path: Path, tmp_path: Path) -> None:
         ("train.relaxation=gumble", "Did you mean 'gumbel'"),
         ("train.ramp_fraction=2", "between 0 and 1"),
         ("train.zero_out_steps=5", "only for policy.decision: neuron"),
+        ("train.ramp_fraction=0.8", "must be <= 1.*got 0.8 .*0.3"),
         ("train.kd_weight=0", "both 0"),
         ("train.lora_rank=-1", ">= 0"),
         ("policy.delya=5", "Did you mean 'delay'"),
         ("policy.name=dcm", "unknown policy 'dcm'. Did you mean 'dmc'"),
         ("policy.cr=0.5", ">= 1"),
-        ("policy.cr=two", "policy: a value has the wrong type"),
+        ("policy.cr=two", "must be a finite number"),
         ("data.files=a.txt", "data.files must be a list"),
         ("data.files=[1]", r"data.files\[0\] must be a str"),
         ("data.seq_len=1", "at least 2"),
+        ("data.seq_len=16", "more than policy.delay.*16 and 16"),
         ("data.held_out=0", "at least 1"),
         ("train=5", "train: must be a group of keys"),
         ("model.x=5", "'model' holds one value"),
@@ -90,6 +92,25 @@ def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
 def test_missing_recipe(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no recipe at"):
         load_recipe(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], "set train.lora_rank: 0, got 8"),
+        (["train.lora_rank=0", "train.zero_out_steps=9"], "less than the 9 steps"),
+    ],
+)
+def test_neuron_needs_all_weights_and_steps_after_zero_out(
+    path: Path, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_recipe(path, ["policy.decision=neuron", *overrides])
+    load_recipe(path, ["policy.decision=neuron", "train.lora_rank=0", "train.zero_out_steps=8"])
+
+
+def test_one_log_line_a_step_is_the_default(path: Path) -> None:
+    assert load_recipe(path).train.log_every == 1
 
 
 def test_shipped_recipes_load() -> None:

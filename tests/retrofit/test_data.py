@@ -1,10 +1,11 @@
-"""Reading, packing and shuffling of training text."""
+"""What a recipe's data section gives: sequences, held-out ones, their order."""
 
 from __future__ import annotations
 
-import gzip
-import json
+import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -14,59 +15,66 @@ from cachefold.retrofit.data import PackedDataset, load_blocks, split_held_out
 from tests.retrofit.tiny import make_tokenizer
 
 
-def load(path: Path, **options: object) -> list[list[int]]:
-    data = DataConfig(files=[str(path)], **{"seq_len": 4, **options})
-    return load_blocks(data, make_tokenizer()).tolist()
+def load(**options: Any) -> list[list[int]]:
+    return load_blocks(DataConfig(**{"seq_len": 4, **options}), make_tokenizer()).tolist()
 
 
-def test_text_field_messages_and_plain_text_give_the_same_ids(tmp_path: Path) -> None:
-    text = "user w0 assistant w1"
-    messages = [{"role": "user", "content": "w0"}, {"role": "assistant", "content": "w1"}]
-    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}) + "\n\n")
-    (tmp_path / "b.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
-    (tmp_path / "c.txt").write_text(text)
-    (tmp_path / "d.jsonl").write_text(json.dumps({"body": text}))
-    with gzip.open(tmp_path / "e.txt.gz", "wt") as file:
-        file.write(text)
-    with gzip.open(tmp_path / "f.jsonl.gz", "wt") as file:
-        file.write(json.dumps({"text": text}))
-    expected = [[2, 4, 3, 5, 0]]
-    for name in ("a.jsonl", "b.jsonl", "c.txt", "e.txt.gz", "f.jsonl.gz"):
-        assert load(tmp_path / name, seq_len=5) == expected, name
-    assert load(tmp_path / "d.jsonl", seq_len=5, text_field="body") == expected
-    assert load(tmp_path / "c.txt", seq_len=5, text_field="body") == expected
-
-
-def test_texts_are_joined_with_the_end_token_and_the_rest_dropped(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": "w0 w1"}\n{"text": "w2"}\n{"text": "w3 w4"}\n')
-    assert load(tmp_path / "a.jsonl", seq_len=3) == [[4, 5, 0], [6, 0, 7]]
+def test_files_are_packed_to_seq_len(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"body": "w0 w1"}\n{"body": "w2 w3"}\n')
+    assert load(files=[str(tmp_path / "a.jsonl")], text_field="body") == [[4, 5, 0, 6]]
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("content", "message"),
     [
-        ("a.jsonl", '{"text": "w0"}\n{"text": \n', r"a.jsonl:2: not valid JSON"),
-        ("a.jsonl", '{"text": "w0"}\n[1]\n', r"a.jsonl:2: a line must be a JSON object"),
-        ("a.jsonl", '{"txt": "w0"}\n', r"a.jsonl:1: no text in field 'text'.*'txt'"),
-        ("a.jsonl", '{"text": 5}\n', r"a.jsonl:1: no text in field"),
-        ("a.jsonl", '{"messages": 5}\n', r"a.jsonl:1: the chat template refuses"),
-        ("a.jsonl", "", "the training data is empty"),
-        ("a.txt", "w0 w1", "has 3 tokens, less than one sequence of 4"),
-        ("a.csv", "w0", "data files end in .jsonl, .txt"),
-        ("a.txt.gz", "not gzip", "can't be read"),
+        ('{"text": \n', r"training data: .*a.jsonl:1: not valid JSON.*; check data.files"),
+        ('{"txt": "w0"}\n', "no text in field 'text'.*; set data.text_field"),
+        ('{"text": ""}\n', "training data: the text is empty; check data.files and"),
+        ('{"text": "w0"}\n', "2 tokens, less than one sequence of 4; add text or lower data.seq_l"),
     ],
 )
-def test_bad_files_say_where(tmp_path: Path, name: str, content: str, message: str) -> None:
-    (tmp_path / name).write_text(content)
+def test_errors_name_the_key_of_the_recipe(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "a.jsonl").write_text(content)
     with pytest.raises(ValueError, match=message):
-        load(tmp_path / name)
+        load(files=[str(tmp_path / "a.jsonl")])
 
 
-def test_missing_file_and_no_source(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no training file at"):
-        load(tmp_path / "none.txt")
+def test_no_source() -> None:
     with pytest.raises(ValueError, match="names no text"):
-        load_blocks(DataConfig(), make_tokenizer())
+        load()
+
+
+def fake_datasets(monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, Any]]) -> list[Any]:
+    """A module `datasets` with these rows; returns the calls it gets."""
+    calls: list[Any] = []
+    module: Any = ModuleType("datasets")
+
+    def load_dataset(*args: Any, **kwargs: Any) -> list[dict[str, Any]]:
+        calls.append((args, kwargs))
+        return rows
+
+    module.load_dataset = load_dataset
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    return calls
+
+
+def test_dataset_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    messages = [{"role": "user", "content": "w2"}]
+    calls = fake_datasets(monkeypatch, [{"text": "w0"}, {"text": ""}, {"messages": messages}])
+    assert load(dataset="owner/set", split="test", seq_len=5) == [[4, 0, 2, 6, 0]]
+    assert calls == [(("owner/set",), {"split": "test"})]
+
+
+def test_row_of_a_dataset_without_text_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_datasets(monkeypatch, [{"text": "w0"}, {"body": "w1"}])
+    with pytest.raises(ValueError, match=r"owner/set\[1\]: no text in field 'text'.*'body'"):
+        load(dataset="owner/set")
+
+
+def test_without_the_datasets_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match="pip install datasets"):
+        load(dataset="owner/set")
 
 
 def test_order_depends_on_the_seed_alone_and_covers_everything_each_time_round() -> None:

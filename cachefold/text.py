@@ -1,0 +1,155 @@
+"""Text as token ids: read files, tokenise, join and cut into sequences of one length."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+SUFFIXES = (".jsonl", ".txt")
+Row: TypeAlias = tuple[str, dict[str, Any]]
+"""Where a row is, for messages, and its fields."""
+
+
+class TextError(ValueError):
+    """Text that can't be used; `about` says which part, so that a caller can add advice."""
+
+    def __init__(self, message: str, about: str) -> None:
+        """Keeps `about`: `files`, `field`, `empty` or `length`."""
+        super().__init__(message)
+        self.about = about
+
+
+def load_blocks(
+    files: Iterable[str | Path], tokenizer: Any, tokens: int, text_field: str = "text"
+) -> Tensor:
+    """Reads and packs all text of some files.
+
+    Args:
+        files: local `.jsonl` or `.txt` files, each also as `.gz`.
+        tokenizer: a Hugging Face tokenizer.
+        tokens: length of a sequence.
+        text_field: field of a row that holds its text; rows with `messages` go through the chat
+            template.
+
+    Returns:
+        (M, tokens) int64, in the order of the files.
+
+    Raises:
+        TextError: missing file, broken line, missing field, or not enough text. A ValueError.
+    """
+    rows = (row for file in files for row in read_file(file))
+    return pack_rows(rows, tokenizer, tokens, text_field)
+
+
+def pack_rows(rows: Iterable[Row], tokenizer: Any, tokens: int, text_field: str = "text") -> Tensor:
+    """Tokenises and packs rows; see `load_blocks`."""
+    texts = (text_of(row, tokenizer, text_field) for row in rows)
+    ids = (
+        tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        for text in texts
+        if text.strip()  # else each would leave an end token in the training text
+    )
+    return pack(ids, tokens, getattr(tokenizer, "eos_token_id", None))
+
+
+def pack(token_lists: Iterable[Sequence[int]], tokens: int, end: int | None) -> Tensor:
+    """Joins texts with the end token and cuts; the rest that fills no sequence is dropped.
+
+    >>> pack([[1, 2], [3], [4, 5]], 3, 0).tolist()
+    [[1, 2, 0], [3, 0, 4]]
+
+    Raises:
+        TextError: no text, or less than one sequence.
+    """
+    stream: list[int] = []
+    for ids in token_lists:
+        stream += ids
+        if end is not None:
+            stream.append(end)
+    if not stream:
+        raise TextError("the text is empty", about="empty")
+    blocks = len(stream) // tokens
+    if blocks == 0:
+        raise TextError(
+            f"the text has {len(stream)} tokens, less than one sequence of {tokens}", about="length"
+        )
+    return torch.tensor(stream[: blocks * tokens], dtype=torch.int64).view(blocks, tokens)
+
+
+def read_file(path: str | Path) -> Iterator[Row]:
+    """Yields the rows of a `.jsonl` or `.txt` file, gzipped or not; a text file is one row.
+
+    Raises:
+        TextError: missing file, other type, damaged file, or a line that is not a JSON object.
+    """
+    path = Path(path)
+    suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
+    if not path.is_file():
+        raise TextError(
+            f"no text file at {path}; relative paths start from {Path.cwd()}", about="files"
+        )
+    if not suffixes or suffixes[-1] not in SUFFIXES:
+        raise TextError(
+            f"{path}: text files end in {', '.join(SUFFIXES)}, or those plus .gz", about="files"
+        )
+    try:
+        with _open(path) as lines:
+            if suffixes[-1] == ".txt":
+                yield str(path), {"text": lines.read()}
+                return
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield f"{path}:{number}", _json_row(line, f"{path}:{number}")
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise TextError(f"{path} can't be read: {error}", about="files") from error
+
+
+def _open(path: Path) -> Any:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8")
+    return path.open(encoding="utf-8")
+
+
+def _json_row(line: str, place: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        message = f"{place}: not valid JSON ({error.msg} at column {error.colno})"
+        raise TextError(message, about="files") from error
+    if not isinstance(row, dict):
+        message = f"{place}: a line must be a JSON object, got a {type(row).__name__}"
+        raise TextError(message, about="files")
+    return row
+
+
+def text_of(row: Row, tokenizer: Any, text_field: str = "text") -> str:
+    """Takes the text of a row: its field, or its `messages` through the chat template.
+
+    Raises:
+        TextError: neither is there, or the template refuses.
+    """
+    place, fields = row
+    if isinstance(fields.get(text_field), str):
+        return str(fields[text_field])
+    if place.endswith((".txt", ".txt.gz")):
+        return str(fields["text"])
+    if "messages" not in fields:
+        raise TextError(
+            f"{place}: no text in field {text_field!r} and no 'messages'; the row has "
+            f"{', '.join(map(repr, fields)) or 'no fields'}",
+            about="field",
+        )
+    if fields["messages"] == []:
+        return ""
+    try:
+        return str(tokenizer.apply_chat_template(fields["messages"], tokenize=False))
+    except Exception as error:  # the template language raises what it likes
+        message = f"{place}: the chat template refuses 'messages': {error}"
+        raise TextError(message, about="files") from error
