@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,40 +49,38 @@ def load_artefact(folder: Path, dtype: str = "bfloat16") -> Loaded:
         )
     import torch
 
+    from transformers.utils import logging
+
     from cachefold.models.hub import load_folded, read_config
+    from cachefold.zoo import load_base
 
     config = read_config(folder)
-    base, tokenizer = load_base_model(str(config["base"]["id"]), getattr(torch, dtype))
+    logging.disable_progress_bar()
+    base, tokenizer = load_base(str(config["base"]["id"]), getattr(torch, dtype))
+    _check_revision(config, base)
     model: Any = load_folded(folder, base)
     if torch.cuda.is_available():
         model.to("cuda")
     return Loaded(model, tokenizer, config)
 
 
-def load_base_model(name: str, dtype: Any) -> tuple[PreTrainedModel, Any]:
-    """Loads a dense model and its tokenizer from a zoo name, a folder or a hub id.
+def _check_revision(config: dict[str, Any], base: PreTrainedModel) -> None:
+    """Warns when the base is not the one the artefact was made on: the adapters may not fit."""
+    from cachefold.zoo import base_revision
 
-    Raises:
-        ValueError: it can't be loaded.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    if "/" not in name and not Path(name).is_dir():
-        from cachefold.zoo import load_base
-
-        return load_base(name, dtype=dtype)
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-        return model.eval(), AutoTokenizer.from_pretrained(name)
-    except OSError as error:
-        raise ValueError(f"can't load base model {name}: {error}") from error
+    wanted, found = config["base"]["revision"], base_revision(config["base"]["id"], base)
+    if wanted != found:
+        print(
+            f"warning: the artefact was made on {config['base']['id']} {wanted}, this is {found}",
+            file=sys.stderr,
+        )
 
 
 def load_base_of(loaded: Loaded) -> PreTrainedModel:
     """Loads the original model of an artefact once more, in the dtype of the folded one."""
-    model, _ = load_base_model(str(loaded.config["base"]["id"]), loaded.model.dtype)
+    from cachefold.zoo import load_base
+
+    model, _ = load_base(str(loaded.config["base"]["id"]), loaded.model.dtype)
     return model.to(loaded.model.device)  # type: ignore[arg-type]  # transformers' own stub
 
 

@@ -11,9 +11,8 @@ import yaml
 from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments
 
-from cachefold.retrofit.checkpoint import check_finite
 from cachefold.retrofit.config import RetrofitConfig, from_dict
-from cachefold.retrofit.run import run_retrofit
+from cachefold.retrofit.run import finish, load_model, prepare, run_retrofit
 from cachefold.retrofit.trainer import RetrofitDivergedError, RetrofitTrainer
 from tests.retrofit.tiny import recipe
 
@@ -97,9 +96,15 @@ def test_nothing_that_is_not_finite_is_published(
     assert names == ({"checkpoint-5"} if step == 6 else set())
 
 
-def test_final_artefact_is_checked_on_its_own() -> None:
-    with pytest.raises(RetrofitDivergedError, match="layers.0.bias is not finite after step 3"):
-        check_finite({"layers.0.bias": torch.tensor([0.0, float("nan")])}, 3)
+def test_final_artefact_is_checked_on_its_own(workspace: Path) -> None:
+    config = config_of(workspace, "inf-final", 3)
+    model, _ = load_model(config)
+    prepare(model, config)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.decision.bias[0] = float("nan")
+    with pytest.raises(RetrofitDivergedError, match="decision.bias is not finite after step 3"):
+        finish(model, config, torch.zeros(1, 48).long(), 100)
+    assert not (workspace / "inf-final").exists()
 
 
 def test_folder_in_use_and_changed_recipe_are_refused(workspace: Path) -> None:
