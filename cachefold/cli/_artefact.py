@@ -48,7 +48,6 @@ def load_artefact(folder: Path, dtype: str = "bfloat16") -> Loaded:
             "artefacts` shows those nearby; `cachefold retrofit` makes one (RUN/final)"
         )
     import torch
-
     from transformers.utils import logging
 
     from cachefold.models.hub import load_folded, read_config
