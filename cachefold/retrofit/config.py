@@ -64,8 +64,6 @@ class TrainConfig:
     """Weight of the cross entropy with the text."""
     compression_weight: float = 5.0
     """Weight of the one-sided compression loss."""
-    cr_margin: float = 0.05
-    """Relative head-room on the trained ratio, so that held-out text reaches `policy.cr` too."""
     ramp_fraction: float = 0.6
     """Part of the steps after the zero-out over which the target rises from 1 to `policy.cr`."""
     solidify_fraction: float = 0.3
@@ -252,8 +250,7 @@ def _check_train(train: TrainConfig) -> None:
     for name in ("learning_rate", "decision_learning_rate", "temperature", "max_grad_norm"):
         if not getattr(train, name) > 0:
             raise ValueError(f"train.{name} must be > 0, got {getattr(train, name)}")
-    for name in ("lora_rank", "kd_weight", "ce_weight", "compression_weight", "cr_margin",
-                 "zero_out_steps"):  # fmt: skip
+    for name in ("lora_rank", "kd_weight", "ce_weight", "compression_weight", "zero_out_steps"):
         if not getattr(train, name) >= 0:
             raise ValueError(f"train.{name} must be >= 0, got {getattr(train, name)}")
     for name in ("ramp_fraction", "solidify_fraction"):

@@ -45,21 +45,17 @@ class RetrofitSchedule:
         return "retrofit" if step < self.steps - self._solidify_steps else "solidify"
 
     def target(self, step: int) -> float:
-        """Ratio of `policy.cr` asked for at a step: the user's ramp."""
-        return self._ramp(step, self.policy.cr)
+        """Ratio asked for at a step: the ramp to `policy.cr`.
 
-    def aim(self, step: int) -> float:
-        """Ratio the loss aims for at a step: `target` with the head-room of `cr_margin`."""
-        head_room = 1 + self.train.cr_margin if self.policy.cr > 1 else 1.0
-        return self._ramp(step, self.policy.cr * head_room)
-
-    def _ramp(self, step: int, full: float) -> float:
+        The one-sided loss counts per sample, so the mean over samples ends up some 10 % above.
+        """
         length = round(self.train.ramp_fraction * self._after_zero_out)
-        return target_cr(max(0, step - self.train.zero_out_steps), max(length, 1), full)
+        step = max(0, step - self.train.zero_out_steps)
+        return target_cr(step, max(length, 1), self.policy.cr)
 
     def mean_alpha(self, step: int) -> float:
         """Mean merge decision aimed for at a step."""
-        return target_alpha(self.aim(step), self.seq_len, self.policy.delay)
+        return target_alpha(self.target(step), self.seq_len, self.policy.delay)
 
     def zero_out(self, step: int) -> float:
         """Factor left on the decision neuron at a step; 0 after the stage, and without one."""

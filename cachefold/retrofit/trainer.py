@@ -220,7 +220,7 @@ class RetrofitTrainer(CheckpointTrainer):
     def _measure(
         self, decisions: dict[int, Decisions], step: int, facts: dict[str, Tensor]
     ) -> None:
-        """Keeps for the log: facts, ratio with hard decisions, target, and aim (with head-room)."""
+        """Keeps for the log: facts, ratio with hard decisions, and target."""
         merges = self.schedule.stage(step) != "zero_out"
         alphas = [(d.hard() if merges else d).alpha.detach() for d in decisions.values()]
         valid = torch.ones_like(alphas[0][:, 0], dtype=torch.bool)  # packed: no padding
@@ -229,7 +229,6 @@ class RetrofitTrainer(CheckpointTrainer):
         self.meter.add(
             cr=compression_ratio(seen, kept),
             target=self.schedule.target(step),
-            aim=self.schedule.aim(step),
             **{name: value.item() for name, value in facts.items()},
         )
 

@@ -104,9 +104,11 @@ def test_gradients_match_finite_differences(attend, delay, window):
     assert torch.autograd.gradcheck(attention, inputs)
 
 
+@pytest.mark.parametrize("rows", [1, 8, 256])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("delay", [0, 3, 40])
-def test_blocked_equals_reference_with_gradients(delay, softcap):
+def test_blocked_equals_reference_with_gradients(delay, softcap, rows, monkeypatch):
+    monkeypatch.setattr(blocked, "QUERY_ROWS", rows)
     *inputs, valid = _inputs(21, 0, "soft")
     gradients = []
     for attend in (reference.parallel, blocked.parallel):

@@ -24,12 +24,11 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 def test_line_and_json_name_stage_and_the_users_target(
     workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train = {"log_every": 1, "cr_margin": 0.5, "ramp_fraction": 0.5, "solidify_fraction": 0.3}
+    train = {"log_every": 1, "ramp_fraction": 0.5, "solidify_fraction": 0.3}
     run_retrofit(from_dict(recipe(workspace, "lines", 10, **train)))
     rows = rows_of(workspace / "lines")
     assert [row["stage"] for row in rows] == ["retrofit"] * 7 + ["solidify"] * 3
     assert [row["target"] for row in rows] == pytest.approx([1, 1.2, 1.4, 1.6, 1.8, *[2] * 5])
-    assert [row["aim"] for row in rows] == pytest.approx([1, 1.4, 1.8, 2.2, 2.6, *[3] * 5])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:3] for line in lines[:10]] == [
         ["step", f"{row['step']}/10", row["stage"]] for row in rows
@@ -43,7 +42,7 @@ def test_speed_reaches_tensorboard(workspace: Path) -> None:
     events = EventAccumulator(str(file))
     events.Reload()
     for row in rows_of(workspace / "board"):
-        for name in ("tokens_per_second", "eta", "cr", "target", "aim", "kd", "loss"):
+        for name in ("tokens_per_second", "eta", "cr", "target", "kd", "loss"):
             (event,) = [e for e in events.Scalars(f"train/{name}") if e.step == row["step"]]
             assert event.value == pytest.approx(row[name], rel=1e-4, abs=1e-5), name
     assert rows_of(workspace / "board")[0]["tokens_per_second"] > 0
