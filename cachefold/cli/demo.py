@@ -25,7 +25,7 @@ def run(
     out: Annotated[Path, typer.Option(help="Folder for summary.json.")] = Path("runs/demo"),
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of the document to read.")] = 1600,
     data: Annotated[Path, typer.Option(help="Folder of held-out text.")] = Path("data/heldout"),
-    document: Annotated[str, typer.Option(help="File in it to continue.")] = "moby_dick.jsonl.gz",
+    document: Annotated[str, typer.Option(help="File in it to continue.")] = "textbook.jsonl.gz",
     pieces: Annotated[int, typer.Option(min=1, help="Pieces to measure per file.")] = 2,
     piece_tokens: Annotated[int, typer.Option(min=2, help="Tokens of a piece.")] = 1024,
 ) -> None:
