@@ -62,7 +62,7 @@ def order(row: dict[str, Any]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    """About CHARACTERS_PER_KIND from many rows; long rows give several parts if need be."""
+    """About CHARACTERS_PER_KIND, the beginning of many rows."""
     taken, total = [], 0
     for row in sorted(rows, key=order):
         if total >= CHARACTERS_PER_KIND:
