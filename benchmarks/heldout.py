@@ -33,7 +33,7 @@ def main() -> None:
     model, tokenizer = load_base(read_config(arguments.artefact)["base"]["id"], dtype=dtype)
     load_folded(arguments.artefact, model)
     rows = []
-    print(f"{'file':<12} pieces  dense   folded  increase  cr")
+    print(f"{'file':<12} pieces  dense   folded  increase (se)      cr")
     for file in sorted(HELD_OUT.glob("*.jsonl.gz")):
         (row,) = heldout_loss(
             model, tokenizer, [file], pieces=arguments.pieces, tokens=arguments.tokens
@@ -41,7 +41,7 @@ def main() -> None:
         rows.append(row)
         print(
             f"{row.name:<12} {row.pieces:>6}  {row.dense_loss:.4f}  {row.folded_loss:.4f}  "
-            f"{row.increase:+.4f}   {row.cr:.3f}",
+            f"{row.increase:+.4f} ({row.increase_error:.4f})  {row.cr:.3f}",
             flush=True,
         )
     mean = sum(row.increase for row in rows) / len(rows)

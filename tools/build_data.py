@@ -12,6 +12,7 @@ import gzip
 import hashlib
 import io
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ HELD_OUT = {
     "wikitext2": "wikitext2_test_raw.txt.gz",
 }
 HELD_OUT_CHARACTERS = 90_000
+SHARED_WORDS = 13
+"""Held-out text has no run of this many words in common with the training text."""
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -86,6 +89,29 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     print(f"{path}: {len(rows)} rows, {sum(map(size, rows)):,} characters, {buffer.tell():,} bytes")
 
 
+def runs_of_words(text: str) -> set[tuple[str, ...]]:
+    """All runs of SHARED_WORDS words, lower case, punctuation left out."""
+    words = re.findall(r"\w+", text.lower())
+    return {tuple(words[i : i + SHARED_WORDS]) for i in range(len(words) - SHARED_WORDS + 1)}
+
+
+def text_of(row: dict[str, Any]) -> str:
+    """All text of a row."""
+    if "messages" in row:
+        return "\n\n".join(message["content"] for message in row["messages"])
+    return row["text"]
+
+
+def unseen(row: dict[str, Any], seen: set[tuple[str, ...]]) -> dict[str, Any] | None:
+    """A row without what the training text has too: paragraphs go; a conversation goes whole."""
+    if "messages" in row:
+        return None if runs_of_words(text_of(row)) & seen else row
+    kept = [part for part in row["text"].split("\n\n") if not runs_of_words(part) & seen]
+    text = "\n\n".join(kept)
+    # A run may also span what is left of two paragraphs.
+    return None if runs_of_words(text) & seen else {**row, "text": text}
+
+
 def main(source: Path, target: Path) -> None:
     """Builds all files."""
     mixed = []
@@ -95,6 +121,7 @@ def main(source: Path, target: Path) -> None:
         ]
         mixed += draw(rows, kind)
     write_rows(target / "train" / "mix.jsonl.gz", sorted(mixed, key=order))
+    seen = set().union(*(runs_of_words(text_of(row)) for row in mixed))
     for name, file in HELD_OUT.items():
         rows, total = [], 0
         for row in read_rows(source / "lm" / file):
@@ -102,8 +129,9 @@ def main(source: Path, target: Path) -> None:
                 break
             if "messages" not in row:
                 row = {**row, "text": shorten(row["text"], HELD_OUT_CHARACTERS)}
-            rows.append(row)
-            total += size(row)
+            if (row := unseen(row, seen)) is not None:
+                rows.append(row)
+                total += size(row)
         write_rows(target / "heldout" / f"{name}.jsonl.gz", rows)
 
 

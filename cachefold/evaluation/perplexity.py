@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,10 +38,12 @@ class HeldOutLoss:
     """nats/token of the folded model."""
     cr: float
     """Tokens / entries kept at the end of each piece, all layers and heads, ring included."""
+    increase_error: float
+    """Standard error of `increase` over the pieces, nats/token; nan for a single piece."""
 
     @property
     def increase(self) -> float:
-        """nats/token that folding costs."""
+        """nats/token that folding costs, adapters included."""
         return self.folded_loss - self.dense_loss
 
 
@@ -86,11 +89,12 @@ def _measure_file(
 ) -> HeldOutLoss:
     blocks = load_blocks([file], tokenizer, tokens)[:pieces]
     pieces = len(blocks)
-    dense, folded, seen, kept = 0.0, 0.0, 0, 0
-    for piece in blocks[:, None]:
-        dense += _dense_loss(model, base, piece)
+    dense, folded = torch.zeros(2, pieces, dtype=torch.float64)
+    seen, kept = 0, 0
+    for i, piece in enumerate(blocks[:, None]):
+        dense[i] = _dense_loss(model, base, piece)
         decisions: dict[int, Decisions] = {}
-        folded += _loss(model, piece, FoldRun(recorder=decisions))
+        folded[i] = _loss(model, piece, FoldRun(recorder=decisions))
         assert decisions, "no layer decided: folding was not seen"
         alphas = (decision.alpha for decision in decisions.values())
         valid = torch.ones_like(piece, dtype=torch.bool)
@@ -98,8 +102,10 @@ def _measure_file(
         seen, kept = seen + more_seen, kept + more_kept
     return HeldOutLoss(
         name=file.name.split(".")[0], pieces=pieces, tokens=tokens,
-        dense_loss=dense / pieces, folded_loss=folded / pieces,
+        dense_loss=dense.mean().item(), folded_loss=folded.mean().item(),
         cr=compression_ratio(seen, kept),
+        increase_error=(folded - dense).std().item() / pieces**0.5
+        if pieces > 1 else math.nan,
     )  # fmt: skip
 
 
