@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,6 +13,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from cachefold.cache import storage
 from cachefold.cache.layers import FoldedLayer
+from cachefold.cache.limit import ByteLimit, dense_tensors, held_nbytes
 from cachefold.core import accounting
 
 
@@ -23,9 +25,16 @@ class FoldedCache(Cache):
         folded_layers: indices of the layers that fold.
         delay: tokens each head keeps exact.
         window: most tokens an entry averages; None = no bound.
+        paged: entries are in pages; the only storage there is, so False is refused.
+        page_size: entries per page, 16 or 32.
+        max_bytes: most bytes of `allocated_nbytes()`; a step or a larger batch that would need
+            more raises a ValueError and leaves the cache as it was. While a step runs, pages that
+            move to a larger pool, and with a limit the ring before the step, come on top. None =
+            no limit.
 
     Raises:
-        ValueError: an index out of range, or a layer whose cache can't be folded.
+        ValueError: an index out of range, a layer whose cache can't be folded, or paging options
+            out of range.
 
     >>> from transformers import LlamaConfig
     >>> cache = FoldedCache(LlamaConfig(num_hidden_layers=2), folded_layers=[0, 1], delay=4)
@@ -39,8 +48,18 @@ class FoldedCache(Cache):
         folded_layers: list[int],
         delay: int = 16,
         window: int | None = None,
+        paged: bool = True,
+        page_size: int = 16,
+        max_bytes: int | None = None,
     ) -> None:
+        if not paged:
+            raise ValueError(
+                "paged=False is gone: padded buffers took more memory and were no faster; leave "
+                "it out (layer.closed.padded() gives the padded form)"
+            )
         layers: list[Any] = list(DynamicCache(config=config).layers)
+        self.max_bytes = max_bytes
+        self._limit = None if max_bytes is None else ByteLimit(max_bytes, layers)
         for index in folded_layers:
             if not 0 <= index < len(layers):
                 raise ValueError(f"layer {index} doesn't exist; the model has {len(layers)} layers")
@@ -49,11 +68,12 @@ class FoldedCache(Cache):
                     f"layer {index} keeps a {type(layers[index]).__name__}, and only full "
                     "attention can be folded; leave this layer out of folded_layers"
                 )
-            layers[index] = FoldedLayer(delay, window)
+            layers[index] = FoldedLayer(delay, window, page_size, self._limit)
         super().__init__(layers=layers)
         self.folded_layers = sorted(folded_layers)
         self.delay = delay
         self.window = window
+        self.page_size = page_size
         text = config.get_text_config(decoder=True)
         self.num_kv_heads: int = (
             getattr(text, "num_key_value_heads", None) or text.num_attention_heads
@@ -94,12 +114,8 @@ class FoldedCache(Cache):
         return sum(kept_bytes(layer) for layer in self.layers)
 
     def allocated_nbytes(self) -> int:
-        """Bytes of all tensors held: spare capacity, decisions and rotary tables included."""
-        total = 0
-        for layer in self.layers:
-            tensors = _held(layer)
-            total += sum(tensor.untyped_storage().nbytes() for tensor in tensors)
-        return total
+        """Bytes of all tensors held: free pages, block tables, ring and rotary tables included."""
+        return sum(held_nbytes(layer) for layer in self.layers)
 
     def dense_nbytes(self) -> int:
         """Bytes a dense cache would take for the same tokens, padding left out."""
@@ -125,8 +141,71 @@ class FoldedCache(Cache):
         Raises:
             ValueError: not such a file, or of another model or policy.
         """
-        storage.load(self, path, device)
+        if self._limit is None:
+            storage.load(self, path, device)
+            return self
+        self._limit.forget()
+        with self._limit.step(*self.layers):
+            storage.load(self, path, device)
         return self
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Adds the tokens of a layer that doesn't fold.
+
+        Raises:
+            ValueError: over `max_bytes`.
+        """
+        add = functools.partial(
+            super().update, key_states, value_states, layer_idx, *args, **kwargs
+        )
+        if self._limit is None:
+            return add()
+        with self._limit.step(self.layers[layer_idx]):
+            return add()
+
+    def reset(self) -> None:
+        """Forgets everything and frees all pages."""
+        if self._limit is not None:
+            self._limit.forget()
+        super().reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Makes the sequences at `beam_idx` (n,) the batch: those asked for again are copied.
+
+        Raises:
+            ValueError: over `max_bytes`; nothing was changed.
+        """
+        self._check_rows(beam_idx)
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every sequence `repeats` times.
+
+        Raises:
+            ValueError: over `max_bytes`; nothing was changed.
+        """
+        self._check_rows(self._rows().repeat_interleave(repeats))
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the sequences at `indices` (positions or a mask).
+
+        Raises:
+            ValueError: over `max_bytes`; nothing was changed.
+        """
+        self._check_rows(self._rows()[indices.cpu()])
+        super().batch_select_indices(indices)
+
+    def _rows(self) -> Tensor:
+        """Positions of the sequences, (B,) int64 on the CPU."""
+        sizes = [layer.num_requests for layer in self._folded() if layer.is_initialized]
+        return torch.arange(sizes[0] if sizes else 0)
+
+    def _check_rows(self, rows: Tensor) -> None:
+        if self._limit is not None:
+            self._limit.check_rows(rows)
 
     def crop(self, tokens_to_remove: int) -> NoReturn:
         """Not possible: see `FoldedLayer.crop`. Checked before any layer changes."""
@@ -142,22 +221,15 @@ def _tokens_seen(layer: FoldedLayer) -> Tensor:
 
 def _entry_bytes(layer: FoldedLayer) -> int:
     """Bytes of the key and value of one entry of one head."""
-    assert layer.closed_key is not None and layer.closed_value is not None
-    key, value = layer.closed_key, layer.closed_value
-    return accounting.cache_bytes(1, key.shape[-1], value.shape[-1], key.element_size())
-
-
-def _held(layer: Any) -> list[Tensor]:
-    if isinstance(layer, FoldedLayer):
-        return list(layer.tensors().values())
-    held = [getattr(layer, "keys", None), getattr(layer, "values", None)]
-    return [tensor for tensor in held if tensor is not None]
+    assert layer.closed is not None
+    pool = layer.closed.pool
+    return accounting.cache_bytes(1, pool.key_dim, pool.value_dim, pool.data.element_size())
 
 
 def kept_bytes(layer: Any) -> int:
     """Bytes of the keys, values and running sums a layer keeps, spare capacity left out."""
     if not isinstance(layer, FoldedLayer):
-        return sum(tensor.numel() * tensor.element_size() for tensor in _held(layer))
+        return sum(tensor.numel() * tensor.element_size() for tensor in dense_tensors(layer))
     if layer.lengths is None:
         return 0
     total = int(layer.lengths.sum()) * _entry_bytes(layer)

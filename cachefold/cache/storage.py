@@ -55,14 +55,7 @@ def _facts(cache: FoldedCache) -> dict[str, Any]:
 
 def _layer_tensors(layer: Any, index: int) -> dict[str, Tensor]:
     if isinstance(layer, FoldedLayer):
-        tensors = layer.tensors()
-        if layer.lengths is not None and layer.lengths.numel():
-            used = int(layer.lengths.max())
-            slots = torch.arange(used, device=layer.lengths.device)
-            unused = (slots >= layer.lengths[..., None])[..., None]
-            for name in ("closed_key", "closed_value"):
-                tensors[name] = tensors[name][:, :, :used].masked_fill(unused, 0.0)
-        return tensors
+        return layer.tensors()
     if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
         raise ValueError(
             f"layer {index} keeps a {type(layer).__name__}, which can't be saved; only full and "

@@ -30,6 +30,10 @@ class Tokens:
     valid: Tensor
     """(B, N) bool, False at padding."""
 
+    def tensors(self) -> list[Tensor]:
+        """Its tensors, in the order of the fields of `Tokens`."""
+        return [getattr(self, field.name) for field in fields(Tokens)]
+
     def slice(self, start: int, stop: int) -> Tokens:
         """Copies tokens [start, stop), detached, so that the rest can be freed."""
         return Tokens(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from cachefold.cache import FoldedLayer, Tokens
+from cachefold.cache.entries import PagedEntries
 
 HEADS, DIM, ROTARY = 2, 6, 4
 
@@ -118,11 +119,19 @@ def as_rows(rows: list[list[float]]) -> torch.Tensor:
 
 def poison(layer: FoldedLayer) -> None:
     """NaN into every buffer slot that holds no entry."""
-    if layer.closed_key is None:
-        return
-    free = torch.arange(layer.closed_key.shape[2]) >= layer.lengths[..., None]
-    layer.closed_key[free] = math.nan
-    layer.closed_value[free] = math.nan
+    if layer.closed is not None:
+        poison_pages(layer.closed)
+
+
+def poison_pages(entries: PagedEntries) -> None:
+    """NaN into every slot of the pool that holds no entry, in free pages and in owned ones."""
+    pool, table = entries.pool, entries.table
+    used = torch.zeros(pool.num_pages, pool.page_size, dtype=torch.bool)
+    for head, length in zip(table.flatten(0, 1), entries.lengths.flatten().tolist(), strict=True):
+        for slot in range(length):
+            used[head[slot // pool.page_size], slot % pool.page_size] = True
+    pool.keys[~used] = math.nan
+    pool.values[~used] = math.nan
 
 
 def feed(layer: FoldedLayer, text: Text, bounds: list[int], check=None):

@@ -76,7 +76,7 @@ def test_the_channel_is_scaled_alike_in_cache_and_whole_text(factor, neuron):
     assert cache.compression_ratio() > 1.1
     torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-4, atol=2e-5)
     if factor == 0:
-        assert all(not layer.closed_key[..., neuron].any() for layer in cache.layers)
+        assert all(not layer.tensors()["closed_key"][..., neuron].any() for layer in cache.layers)
 
 
 @pytest.mark.parametrize("family", ["Llama", "Phi3", "Qwen2", "Qwen3", "Gemma3Text"])

@@ -1,0 +1,184 @@
+"""Closed entries of a layer: ragged lists over requests and heads, kept in pages.
+
+A block table lists the pages of each (request, kv head) in order. Nothing is padded to the
+longest head: a head wastes less than one page.
+
+Legend: B batch, K kv heads, S entries, D key dim, Dv value dim.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cachefold.cache.pages import PagePool
+
+
+class Mark(NamedTuple):
+    """A point that `PagedEntries.rewind` can go back to, while entries are only appended."""
+
+    table: Tensor
+    lengths: Tensor
+    num_pages: int
+    free: list[int]
+
+
+class PagedEntries:
+    """The closed entries of every (request, kv head) of a layer, in pages of one pool.
+
+    A page belongs to one (request, head). Tensors are replaced, never changed in place, except
+    for free slots of the pool.
+
+    Args:
+        batch: B.
+        heads: K.
+        pool: where the pages come from; not shared.
+
+    >>> entries = PagedEntries(1, 1, PagePool(16, 2, 2, torch.float32, "cpu"))
+    >>> entries.append(torch.ones(1, 1, 20, dtype=torch.bool), torch.ones(20, 2), torch.ones(20, 2))
+    >>> entries.lengths.tolist(), entries.table.tolist()
+    ([[20]], [[[0, 1]]])
+    """
+
+    def __init__(self, batch: int, heads: int, pool: PagePool) -> None:
+        self.pool = pool
+        device = pool.data.device
+        self.table = torch.empty(batch, heads, 0, dtype=torch.int32, device=device)
+        """(B, K, max_pages) int32, the pages of each head in order, then -1."""
+        self.lengths = torch.zeros(batch, heads, dtype=torch.int64, device=device)
+        """(B, K) int64, entries."""
+
+    def append(
+        self, new: Tensor, key: Tensor, value: Tensor, spare_nbytes: int | None = None
+    ) -> None:
+        """Adds entries behind those that are there.
+
+        Args:
+            new: (B, K, M) bool; each True is an entry of that head, in order.
+            key: (n, D), rotated, for the n True in `new`, row by row.
+            value: (n, Dv).
+            spare_nbytes: see `PagePool.take`.
+        """
+        lengths = self.lengths + new.sum(-1)
+        self._cover(lengths, spare_nbytes)
+        batch, head, _ = new.nonzero(as_tuple=True)
+        slot = (self.lengths[..., None] + new.cumsum(-1) - 1)[new]
+        size = self.pool.page_size
+        page, row = self.table[batch, head, slot // size].long(), slot % size
+        self.pool.keys[page, row] = key.to(self.pool.data.dtype)
+        self.pool.values[page, row] = value.to(self.pool.data.dtype)
+        self.lengths = lengths
+
+    def _cover(self, lengths: Tensor, spare_nbytes: int | None) -> None:
+        """Takes the pages that `lengths` (B, K) needs beyond those of now."""
+        held, needed = self._pages(self.lengths), self._pages(lengths)
+        count = int((needed - held).sum())
+        if not count:
+            return
+        wider = max(_most(needed) - self.table.shape[2], 0)
+        table = F.pad(self.table, (0, wider), value=-1)
+        column = torch.arange(table.shape[2], device=table.device)
+        fresh = (column >= held[..., None]) & (column < needed[..., None])
+        table[fresh] = self.pool.take(count, spare_nbytes)
+        self.table = table
+
+    def _pages(self, lengths: Tensor) -> Tensor:
+        """Pages for that many entries, any shape."""
+        return (lengths + self.pool.page_size - 1) // self.pool.page_size
+
+    def padded(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Copies the entries out of the pages, for attention in plain torch.
+
+        That is a copy of all entries; kernels will read pool, table and lengths directly.
+
+        Returns:
+            Keys (B, K, S, D), values (B, K, S, Dv) and a mask (B, K, S), True where an entry
+            exists; garbage elsewhere. S is a multiple of the page size.
+        """
+        batch, heads, columns = self.table.shape
+        num_slots = columns * self.pool.page_size
+        pages = self.table.clamp(min=0).flatten()
+        key = self.pool.keys.index_select(0, pages)
+        value = self.pool.values.index_select(0, pages)
+        slots = torch.arange(num_slots, device=self.table.device)
+        return (
+            key.view(batch, heads, num_slots, self.pool.key_dim),
+            value.view(batch, heads, num_slots, self.pool.value_dim),
+            slots < self.lengths[..., None],
+        )
+
+    def select(self, rows: Tensor) -> None:
+        """Makes the requests at `rows` (n,) int64 the batch, in this order, repeats allowed.
+
+        The first to ask for a request gets its pages, the others get copies; the pages of
+        requests nobody asked for are freed. The pool shrinks when more than half of it is free.
+        """
+        chosen = rows.tolist()
+        dropped = sorted(set(range(self.table.shape[0])) - set(chosen))
+        lost = self.table[dropped]
+        self.pool.give_back(lost[lost >= 0])
+        again = [i for i, row in enumerate(chosen) if row in chosen[:i]]
+        self.lengths = self.lengths.index_select(0, rows)
+        columns = _most(self._pages(self.lengths))
+        self.table = self.table.index_select(0, rows)[..., :columns].contiguous().clone()
+        shared = torch.zeros_like(self.table, dtype=torch.bool)
+        shared[again] = self.table[again] >= 0
+        old = self.table[shared]
+        new = self.pool.take(len(old), spare_nbytes=0)
+        self.pool.data[new.long()] = self.pool.data.index_select(0, old)
+        self.table[shared] = new
+        if self._shrinks(self.pool.num_pages - self.pool.num_free):
+            owned = self.table >= 0
+            self.pool.keep(self.table[owned])
+            self.table[owned] = torch.arange(
+                self.pool.num_pages, dtype=torch.int32, device=self.table.device
+            )
+
+    def _shrinks(self, used: int) -> bool:
+        return 2 * used < self.pool.num_pages
+
+    def nbytes(self) -> int:
+        """Bytes of pool, table and lengths."""
+        tensors = (self.table, self.lengths)
+        return self.pool.nbytes() + sum(t.untyped_storage().nbytes() for t in tensors)
+
+    def nbytes_with(self, lengths: Tensor) -> int:
+        """Bytes at least, once the heads hold `lengths` (B, K), none less than now."""
+        needed = self._pages(lengths)
+        num_pages = max(self.pool.num_pages, int(needed.sum()))
+        return self._nbytes(num_pages, lengths, max(_most(needed), self.table.shape[2]))
+
+    def nbytes_at(self, rows: Tensor) -> int:
+        """Bytes after `select(rows)`."""
+        lengths = self.lengths.index_select(0, rows)
+        needed = self._pages(lengths)
+        used = int(needed.sum())
+        num_pages = used if self._shrinks(used) else max(self.pool.num_pages, used)
+        return self._nbytes(num_pages, lengths, _most(needed))
+
+    def _nbytes(self, num_pages: int, lengths: Tensor, columns: int) -> int:
+        table = lengths.numel() * columns * self.table.element_size()
+        return num_pages * self.pool.page_nbytes + table + lengths.numel() * lengths.element_size()
+
+    def mark(self) -> Mark:
+        """Where `rewind` can go back to."""
+        return Mark(self.table, self.lengths, self.pool.num_pages, self.pool.free)
+
+    def rewind(self, mark: Mark) -> None:
+        """Undoes the appends since `mark`; the pool has the size it had."""
+        self.table, self.lengths = mark.table, mark.lengths
+        self.pool.rewind(mark.num_pages, mark.free)
+
+    def to(self, device: torch.device | str) -> None:
+        """Moves the pages and what lists them."""
+        self.table = self.table.to(device, non_blocking=True)
+        self.lengths = self.lengths.to(device, non_blocking=True)
+        self.pool.data = self.pool.data.to(device, non_blocking=True)
+
+
+def _most(pages: Tensor) -> int:
+    """Largest of the counts, 0 of none."""
+    return int(pages.max()) if pages.numel() else 0
