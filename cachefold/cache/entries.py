@@ -101,8 +101,9 @@ class PagedEntries:
         batch, heads, columns = self.table.shape
         num_slots = columns * self.pool.page_size
         pages = self.table.clamp(min=0).flatten()
-        key = self.pool.keys.index_select(0, pages)
-        value = self.pool.values.index_select(0, pages)
+        # Over flat rows, which index_select copies faster than pages of rows.
+        key = self.pool.keys.flatten(1).index_select(0, pages)
+        value = self.pool.values.flatten(1).index_select(0, pages)
         slots = torch.arange(num_slots, device=self.table.device)
         return (
             key.view(batch, heads, num_slots, self.pool.key_dim),
@@ -116,26 +117,32 @@ class PagedEntries:
         The first to ask for a request gets its pages, the others get copies; the pages of
         requests nobody asked for are freed. The pool shrinks when more than half of it is free.
         """
+        # What can fail, for want of an index or of memory, comes before what changes anything.
         chosen = rows.tolist()
-        dropped = sorted(set(range(self.table.shape[0])) - set(chosen))
-        lost = self.table[dropped]
-        self.pool.give_back(lost[lost >= 0])
+        lengths = self.lengths.index_select(0, rows)
+        columns = _most(self._pages(lengths))
+        table = self.table.index_select(0, rows)[..., :columns].contiguous().clone()
+        lost = self.table[sorted(set(range(len(self.table))) - set(chosen))]
+        lost = lost[lost >= 0]
         again = [i for i, row in enumerate(chosen) if row in chosen[:i]]
-        self.lengths = self.lengths.index_select(0, rows)
-        columns = _most(self._pages(self.lengths))
-        self.table = self.table.index_select(0, rows)[..., :columns].contiguous().clone()
-        shared = torch.zeros_like(self.table, dtype=torch.bool)
-        shared[again] = self.table[again] >= 0
-        old = self.table[shared]
-        new = self.pool.take(len(old), spare_nbytes=0)
-        self.pool.data[new.long()] = self.pool.data.index_select(0, old)
-        self.table[shared] = new
+        shared = torch.zeros_like(table, dtype=torch.bool)
+        shared[again] = table[again] >= 0
+        copies = self.pool.data.index_select(0, table[shared])
+        self.pool.reserve(len(copies) - len(lost))
+        self.pool.give_back(lost)
+        pages = self.pool.take(len(copies))
+        self.pool.data[pages.long()] = copies
+        table[shared] = pages
+        self.table, self.lengths = table, lengths
         if self._shrinks(self.pool.num_pages - self.pool.num_free):
-            owned = self.table >= 0
-            self.pool.keep(self.table[owned])
-            self.table[owned] = torch.arange(
-                self.pool.num_pages, dtype=torch.int32, device=self.table.device
-            )
+            self._compact()
+
+    def _compact(self) -> None:
+        """Drops the free pages."""
+        owned, table = self.table >= 0, self.table.clone()
+        self.pool.keep(self.table[owned])
+        table[owned] = torch.arange(self.pool.num_pages, dtype=table.dtype, device=table.device)
+        self.table = table
 
     def _shrinks(self, used: int) -> bool:
         return 2 * used < self.pool.num_pages
@@ -153,6 +160,7 @@ class PagedEntries:
 
     def nbytes_at(self, rows: Tensor) -> int:
         """Bytes after `select(rows)`."""
+        rows = rows.to(self.lengths.device)
         lengths = self.lengths.index_select(0, rows)
         needed = self._pages(lengths)
         used = int(needed.sum())

@@ -54,8 +54,8 @@ class FoldedCache(Cache):
     ) -> None:
         if not paged:
             raise ValueError(
-                "paged=False is gone: padded buffers took more memory and were no faster; leave "
-                "it out (layer.closed.padded() gives the padded form)"
+                "paged=False: entries are kept in pages only, padded buffers are gone; leave it "
+                "out (cache.layers[i].closed.padded() copies them into the padded form)"
             )
         layers: list[Any] = list(DynamicCache(config=config).layers)
         self.max_bytes = max_bytes
@@ -139,7 +139,7 @@ class FoldedCache(Cache):
         """Fills this cache from a file that `save` wrote; returns itself, filled or unchanged.
 
         Raises:
-            ValueError: not such a file, or of another model or policy.
+            ValueError: not such a file, of another model or policy, or over `max_bytes`.
         """
         if self._limit is None:
             storage.load(self, path, device)

@@ -95,7 +95,7 @@ class ByteLimit:
         total = 0
         for layer in self.layers:
             if isinstance(layer, FoldedLayer):
-                total += layer.nbytes_at(rows.to(layer.device) if layer.is_initialized else rows)
+                total += layer.nbytes_at(rows)
             else:
                 batch = layer.keys.shape[0] if layer.is_initialized else 1
                 total += held_nbytes(layer) * len(rows) // max(batch, 1)

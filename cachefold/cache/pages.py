@@ -108,12 +108,11 @@ class PagePool:
         Returns:
             (count,) int32, the pages; what they hold is garbage.
         """
-        missing = count - self.num_free
-        if missing > 0:
-            spare = self.num_pages // SPARE
-            if spare_nbytes is not None:
-                spare = min(spare, spare_nbytes // self.page_nbytes)
-            self._resize(self.num_pages + missing + spare)
+        spare = self.num_pages // SPARE
+        if spare_nbytes is not None:
+            spare = min(spare, spare_nbytes // self.page_nbytes)
+        if count > self.num_free:
+            self.reserve(count + spare)
         start = self.num_free - count
         taken, self.free = self.free[start:][::-1], self.free[:start]
         return torch.tensor(taken, dtype=torch.int32, device=self.data.device)
@@ -122,10 +121,16 @@ class PagePool:
         """Frees pages, (n,) integers."""
         self.free = self.free + pages.tolist()
 
-    def _resize(self, num_pages: int) -> None:
+    def reserve(self, count: int) -> None:
+        """Grows the pool so far that `count` pages are free."""
+        missing = count - self.num_free
+        if missing <= 0:
+            return
         old = self.data
-        self.data = old.new_empty(num_pages, old.shape[1])
-        self.data[: len(old)] = old
+        num_pages = len(old) + missing
+        data = old.new_empty(num_pages, old.shape[1])
+        data[: len(old)] = old
+        self.data = data
         # Reversed: the lowest page is taken first.
         self.free = list(range(num_pages - 1, len(old) - 1, -1)) + self.free
 

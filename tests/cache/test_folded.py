@@ -64,6 +64,7 @@ def test_save_and_load(tmp_path, window):
         other.compression_ratio() == cache.compression_ratio() and other.nbytes() == cache.nbytes()
     )
     assert [e.tolist() for e in other.entries()] == [e.tolist() for e in cache.entries()]
+    assert other.allocated_nbytes() == cache.allocated_nbytes()
     assert other.get_seq_length() == 20 and torch.equal(other.layers[1].keys, cache.layers[1].keys)
     for layer in (cache.layers[0], other.layers[0]):
         stream = feed(layer, text, [20, 30])

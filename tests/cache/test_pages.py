@@ -143,6 +143,17 @@ def test_freed_pages_are_reused_and_beams_swap_without_growth():
     assert rows_of(entries)[0] == rows_of(entries)[1]
 
 
+def test_a_wrong_index_changes_nothing():
+    entries = new_entries(2)
+    entries.append(torch.ones(2, HEADS, 9, dtype=torch.bool), torch.rand(36, 2), torch.rand(36, 3))
+    before = rows_of(entries)
+    for rows in ([1, 2], [-1]):
+        with pytest.raises(IndexError):
+            entries.select(torch.tensor(rows))
+        check_invariants(entries)
+        assert rows_of(entries) == before
+
+
 def test_a_mostly_free_pool_shrinks():
     entries = new_entries(4)
     full = torch.ones(4, HEADS, 64, dtype=torch.bool)
