@@ -146,10 +146,10 @@ class FoldedLayer(FoldedState):
         return tail.slice(end - 1, end)
 
     def _spare_nbytes(self, closes: Tensor, ring: Tokens | None, tail: Tokens | None) -> int | None:
-        """Bytes the limit leaves once this step is done; None = no limit.
+        """Bytes that the limit allows for spare pages; None = no limit.
 
         Raises:
-            ValueError: less than none.
+            ValueError: over the limit even without spare pages.
         """
         if self.limit is None:
             return None

@@ -75,15 +75,17 @@ class ByteLimit:
             self._before.clear()
 
     def spare(self, layer: Any, nbytes: int) -> int:
-        """Bytes left once `layer` holds `nbytes`.
+        """Bytes for spare pages once `layer` holds `nbytes`: what is left but for an eighth.
+
+        Near the limit a layer must not take for later what others need in this step.
 
         Raises:
-            ValueError: less than none.
+            ValueError: less than nothing is left.
         """
         total = self._others(layer) + nbytes
         if total > self.max_bytes:
             self._refuse(total)
-        return self.max_bytes - total
+        return max(self.max_bytes - total - self.max_bytes // 8, 0)
 
     def check_rows(self, rows: Tensor) -> None:
         """Refuses to make the sequences at `rows` (n,) int64 the batch when that is too much.

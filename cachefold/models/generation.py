@@ -51,17 +51,27 @@ class FoldedCausalLM:
         )
 
 
-def new_cache(model: PreTrainedModel) -> FoldedCache:
+def new_cache(
+    model: PreTrainedModel, page_size: int = 16, max_bytes: int | None = None
+) -> FoldedCache:
     """An empty cache for a folded model.
 
+    Args:
+        model: folded.
+        page_size: entries per page, 16 or 32.
+        max_bytes: most bytes that the cache may hold; None = no limit. See `FoldedCache`.
+
     Raises:
-        ValueError: the model is not folded.
+        ValueError: the model is not folded, or an option out of range.
     """
     layers = folded_layers(model)
     if not layers:
         raise ValueError("the model is not folded; call fold(model, policy) first")
     policy: LearnedPolicy = families.attention_layers(model)[layers[0]].policy
-    return FoldedCache(model.config, folded_layers=layers, delay=policy.delay, window=policy.window)
+    return FoldedCache(
+        model.config, folded_layers=layers, delay=policy.delay, window=policy.window,
+        page_size=page_size, max_bytes=max_bytes,
+    )  # fmt: skip
 
 
 def supply_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -10,6 +10,7 @@ from transformers import LlamaConfig
 
 from cachefold.cache import FoldedCache, Tokens
 from cachefold.cache.limit import held_nbytes
+from cachefold.cache.pages import PagePool
 from tests.cache.texts import HEADS, Text, make_text
 
 
@@ -78,6 +79,41 @@ def test_a_refused_step_changes_nothing_in_any_layer(layer):
         last = feed(each, TEXT, 60, 62)
     assert state(cache)[:3] == state(free)[:3]
     assert last[0].closed_mask.any()
+
+
+def test_a_refusal_comes_before_the_pool_grows(monkeypatch):
+    cache = new_cache(bytes_after(0, 60))
+    feed(cache, TEXT, 0, 60)
+    monkeypatch.setattr(PagePool, "reserve", lambda *_: pytest.fail("the pool grew"))
+    with pytest.raises(ValueError, match="max_bytes"):
+        feed(cache, TEXT, 60, 200)
+    with pytest.raises(ValueError, match="max_bytes"):
+        cache.batch_repeat_interleave(2)
+
+
+def test_spare_pages_keep_within_the_limit():
+    text = make_text(1, 432, [0, 0], 0.0)
+    whole, cache = new_cache(), new_cache()
+    feed(whole, text, 0, 432)
+    for start, stop in ((0, 400), (400, 432)):
+        feed(cache, text, start, stop)
+    assert cache.layers[0].closed.pool.free
+    cache = new_cache(whole.allocated_nbytes())
+    for start, stop in ((0, 400), (400, 432)):
+        feed(cache, text, start, stop)
+    assert cache.allocated_nbytes() == cache.max_bytes
+
+
+def test_a_copy_has_a_limit_of_its_own():
+    cache = new_cache(bytes_after(0, 60))
+    feed(cache, TEXT, 0, 30)
+    other = copy.deepcopy(cache)
+    feed(other, TEXT, 30, 60)
+    with pytest.raises(ValueError, match="max_bytes"):
+        feed(other, TEXT, 60, 200)
+    assert (cache.get_seq_length(), other.get_seq_length()) == (30, 60)
+    feed(cache, TEXT, 30, 60)
+    assert state(cache) == state(other)
 
 
 def test_an_empty_cache_is_empty_again_after_a_refused_prompt():

@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache, LlamaForCausalLM
 
 from cachefold import DMC, FoldedCache, fold, unfold
+from cachefold.models.fold import new_cache
 from tests.models.tiny import random_ids, scramble_decisions, tiny_model
 
 OPTIONS = {"max_new_tokens": 4, "do_sample": False}
@@ -59,3 +60,20 @@ def test_the_class_changes_and_comes_back():
     assert type(unfold(model)) is LlamaForCausalLM and set(vars(model)) == attributes
     out = model.generate(random_ids(1, 9), return_dict_in_generate=True, **OPTIONS)
     assert type(out.past_key_values) is DynamicCache
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma2"])
+def test_a_step_over_the_byte_limit_is_as_if_never_taken(family):
+    model = fold(tiny_model(family), DMC(delay=2))
+    scramble_decisions(model)
+    ids, free = random_ids(2, 40), new_cache(model)
+    model(ids[:, :20], past_key_values=free)
+    cache = new_cache(model, page_size=32, max_bytes=3 * free.allocated_nbytes())
+    model(ids[:, :8], past_key_values=cache)
+    held = cache.allocated_nbytes()
+    with pytest.raises(ValueError, match="max_bytes"):
+        model(random_ids(2, 400), past_key_values=cache)
+    assert cache.allocated_nbytes() == held and cache.get_seq_length() == 8
+    want = model(ids[:, :12], use_cache=False).logits[:, 8:]
+    got = model(ids[:, 8:12], past_key_values=cache).logits
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-5)
