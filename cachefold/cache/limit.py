@@ -25,7 +25,7 @@ class _Memory(NamedTuple):
     mark: Mark | None
 
 
-@dataclass
+@dataclass(eq=False)
 class ByteLimit:
     """Keeps the tensors of all layers within `max_bytes`, layers that don't fold included.
 
