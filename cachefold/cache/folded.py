@@ -58,6 +58,7 @@ class FoldedCache(Cache):
                 "out (cache.layers[i].closed.padded() copies them into the padded form)"
             )
         layers: list[Any] = list(DynamicCache(config=config).layers)
+        self._config = config
         self.max_bytes = max_bytes
         self._limit = None if max_bytes is None else ByteLimit(max_bytes, layers)
         for index in folded_layers:
@@ -169,7 +170,13 @@ class FoldedCache(Cache):
         """Forgets everything and frees all pages."""
         if self._limit is not None:
             self._limit.forget()
-        super().reset()
+        fresh = DynamicCache(config=self._config).layers
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, FoldedLayer):
+                layer.reset()
+            else:
+                # transformers zeroes what a dynamic layer holds, and 5.17 does not shorten it.
+                self.layers[index] = fresh[index]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Makes the sequences at `beam_idx` (n,) the batch: those asked for again are copied.

@@ -136,10 +136,11 @@ def _fill(layer: Any, parts: dict[str, Tensor], seen: int) -> None:
     if isinstance(layer, FoldedLayer):
         layer.load_tensors(parts, seen)
         return
-    layer.reset()
-    if not parts:
-        return
-    layer.lazy_initialization(parts["keys"], parts["values"])
-    layer.keys, layer.values = parts["keys"], parts["values"]
+    # Not reset(): in transformers 5.17 that zeroes tensors in place which an undo still needs.
+    if parts:
+        layer.lazy_initialization(parts["keys"], parts["values"])
+        layer.keys, layer.values = parts["keys"], parts["values"]
+    elif layer.is_initialized:
+        layer.keys, layer.values = layer.keys[:, :, :0], layer.values[:, :, :0]
     if isinstance(layer, DynamicSlidingWindowLayer):
         layer.cumulative_length = seen
