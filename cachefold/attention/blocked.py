@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cachefold.attention.call import HIDDEN, AttentionCall, capped, log_survival
+from cachefold.attention.call import HIDDEN, ParallelCall, capped, log_survival
 
 QUERY_ROWS = 256
 """Queries at a time. Scores stay below the 32 MiB above which glibc maps every buffer anew: with
 all of 1,024 queries at once, page faults take four times as long as the arithmetic."""
 
 
-def parallel(call: AttentionCall) -> Tensor:
-    """Attends from every token of a text to its folded past; no entries from before it.
+def parallel(call: ParallelCall) -> Tensor:
+    """Attends from every token of a text to its folded past.
 
     Returns:
         (B, H, T, Dv) in the dtype of the query.
@@ -27,7 +27,7 @@ def parallel(call: AttentionCall) -> Tensor:
     A lone token sees only itself:
 
     >>> one = torch.ones(1, 1, 1, 2)
-    >>> call = AttentionCall(
+    >>> call = ParallelCall(
     ...     query=one, exact_key=one, exact_value=3 * one, merged_key=one, merged_value=one,
     ...     alpha=torch.zeros(1, 1, 1), valid=torch.ones(1, 1, dtype=torch.bool), delay=1,
     ...     scaling=1.0)
@@ -35,13 +35,12 @@ def parallel(call: AttentionCall) -> Tensor:
     [3.0, 3.0]
     """
     tokens, width = call.query.shape[2], max(call.delay, 1)
-    assert tokens == call.alpha.shape[-1] and call.closed_key is None and not call.num_prefix
     rows = max(1, QUERY_ROWS // width) * width
     parts = [_attend(call, start, min(start + rows, tokens)) for start in range(0, tokens, rows)]
     return torch.cat(parts, 2)
 
 
-def _attend(call: AttentionCall, start: int, stop: int) -> Tensor:
+def _attend(call: ParallelCall, start: int, stop: int) -> Tensor:
     """Queries [start, stop), start a multiple of W; (B, H, stop - start, Dv)."""
     query = call.query[:, :, start:stop] * call.scaling
     width, columns = call.delay, max(stop - call.delay, 0)
@@ -101,7 +100,7 @@ def _band_bias(valid: Tensor, start: int, stop: int, width: int) -> Tensor:
     return torch.where(is_near & real, 0.0, HIDDEN)
 
 
-def _merged_bias(call: AttentionCall, start: int, stop: int) -> Tensor:
+def _merged_bias(call: ParallelCall, start: int, stop: int) -> Tensor:
     """(B, K, 1, R, C) for queries [start, stop) and the C running entries they can reach."""
     columns = max(stop - call.delay, 0)
     row = torch.arange(start, stop, device=call.alpha.device)[:, None]

@@ -1,9 +1,8 @@
-"""What one attention call is given: every backend is a function `parallel(call) -> Tensor`.
+"""What an attention call is given: the same for every backend.
 
-Legend: B batch, H query heads, K kv heads, G = H / K, N stream tokens, Q queries, S closed
-entries, D head dim. With delay w, query i sees the exact keys (i-w, i] and the running entries
-of the tokens j <= i-w: with bias log(1 - alpha[j+1]) for j < i-w (superseded if j+1 merged into
-it), with none for j = i-w, the entry still open.
+Legend: B batch, H query heads, K kv heads, G = H / K, T tokens, Q queries, N exact tokens, S
+closed entries, D key dim, Dv value dim, R rotary dim. With delay w, query i sees the exact keys
+(i-w, i], the entry that is open at i-w, and the entries that were closed before.
 """
 
 from __future__ import annotations
@@ -13,42 +12,109 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cachefold.core.tokens import Tokens
+
 HIDDEN = -1e30
 """Bias on a column that must not be seen; finite, so that a padding query gives no NaN."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionCall:
-    """The last Q stream tokens ask; keys and queries are rotated to their positions."""
+class ParallelCall:
+    """A whole text, decisions soft or hard: for training and scoring, differentiable.
+
+    Query i sees the running entries of the tokens j <= i-w: with bias log(1 - alpha[j+1]) for
+    j < i-w (superseded if j+1 merged into it), with none for j = i-w, the entry still open.
+    """
 
     query: Tensor
-    """(B, H, Q, D)"""
+    """(B, H, T, D); queries and keys are rotated to their positions."""
     exact_key: Tensor
-    """(B, K, N, D)"""
+    """(B, K, T, D)"""
     exact_value: Tensor
-    """(B, K, N, Dv)"""
+    """(B, K, T, Dv)"""
     merged_key: Tensor
-    """(B, K, N, D) running mean keys, each rotated at its newest token."""
+    """(B, K, T, D) running mean keys, each rotated at its newest token."""
     merged_value: Tensor
-    """(B, K, N, Dv)"""
+    """(B, K, T, Dv)"""
     alpha: Tensor
-    """(B, K, N) in [0, 1]"""
+    """(B, K, T) in [0, 1]"""
     valid: Tensor
-    """(B, N) bool, False at padding."""
+    """(B, T) bool, False at padding."""
     delay: int
     """w, tokens that stay exact."""
     scaling: float
     """Factor on the scores."""
     softcap: float | None = None
     """Tanh cap on the scores (Gemma 2)."""
-    closed_key: Tensor | None = None
-    """(B, K, S, D) entries closed before this stream; garbage where not in the mask."""
-    closed_value: Tensor | None = None
-    """(B, K, S, Dv)"""
-    closed_mask: Tensor | None = None
-    """(B, K, S) bool, True where an entry exists."""
-    num_prefix: int = 0
-    """First stream tokens that carry the open entry: never exact; only the last is an entry."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PagedCall:
+    """Q new tokens with hard decisions, entries in pages: for prefill, whole or in chunks.
+
+    What Q tokens see costs Q x S, not Q x T. For inference: no gradient.
+    """
+
+    query: Tensor
+    """(B, H, Q, D), rotated."""
+    pages: Tensor
+    """(P, page_size * (D + Dv)), see `core.pages`: all entries closed up to the last query."""
+    page_size: int
+    """Entries per page, 16 or 32."""
+    table: Tensor
+    """(B, K, C) int32, the pages of each head in order, then -1."""
+    visible: Tensor
+    """(B, K, Q) int64, the first so many entries of its head are what a query sees; it never
+    falls from one query to the next."""
+    open_key: Tensor
+    """(B, K, Q, D) mean key of the entry open at i-w, rotated at its newest token."""
+    open_value: Tensor
+    """(B, K, Q, Dv)"""
+    open_valid: Tensor
+    """(B, Q) bool, False where no entry is open."""
+    exact_key: Tensor
+    """(B, K, N, D), rotated, N >= Q: the last Q are those of the queries, before them up to w-1
+    older tokens."""
+    exact_value: Tensor
+    """(B, K, N, Dv)"""
+    exact_valid: Tensor
+    """(B, N) bool, False at padding."""
+    delay: int
+    """w, tokens that stay exact; with 0 no exact token is seen."""
+    scaling: float
+    softcap: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepCall:
+    """One new token per request: fold what leaves the ring, then attend. Changes state in place.
+
+    The oldest token of the ring leaves: it merges into the open entry, or closes that entry, which
+    then goes to the next free slot of its head, and opens the next. The new token takes its place.
+    """
+
+    query: Tensor
+    """(B, H, 1, D), before rotary embedding."""
+    new: Tokens
+    """N = 1; `cos` and `sin` may have batch 1; alpha 0 or 1."""
+    ring: Tokens
+    """N = w, the newest tokens; in place. Missing ones at the start of a text are not valid."""
+    turn: Tensor
+    """() int64, where the oldest token of the ring is; in place. No ring (w = 0): unchanged."""
+    tail: Tokens
+    """N = 1, the open entry: mean key and value in float32 (float64), omega = the summed weight,
+    cos and sin of its newest token, valid = there is one; in place."""
+    pages: Tensor
+    """(P, page_size * (D + Dv)); in place."""
+    page_size: int
+    table: Tensor
+    """(B, K, C) int32; every head that closes an entry in this step has a page for it."""
+    lengths: Tensor
+    """(B, K) int64, closed entries of each head; in place."""
+    scaling: float
+    softcap: float | None = None
+    factors: Tensor | None = None
+    """(D,) factors on rotated queries and on keys after each rotation; None = 1."""
 
 
 def capped(scores: Tensor, softcap: float | None) -> Tensor:

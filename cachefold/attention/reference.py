@@ -1,59 +1,77 @@
 """Plain torch attention of delayed merging: the ground truth every kernel must match.
 
-Legend and definition: `cachefold.attention.call`.
+Written for being right at a glance: all columns side by side, one softmax. Legend and definition:
+`cachefold.attention.call`.
 """
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import torch
 from torch import Tensor
 
-from cachefold.attention.call import HIDDEN, AttentionCall, capped, log_survival
+from cachefold.attention.call import (
+    HIDDEN,
+    PagedCall,
+    ParallelCall,
+    StepCall,
+    capped,
+    log_survival,
+)
+from cachefold.core.pages import gather, key_view, slots, value_view
+from cachefold.core.rotary import rotate
+from cachefold.core.tokens import Tokens, token_dim
 
 
-def parallel(call: AttentionCall) -> Tensor:
-    """Attends from the last Q stream tokens.
+def parallel(call: ParallelCall) -> Tensor:
+    """Attends from every token of a text to its folded past.
 
     Returns:
-        (B, H, Q, Dv) in the dtype of the query.
+        (B, H, T, Dv) in the dtype of the query.
 
     A lone token sees only itself:
 
     >>> one = torch.ones(1, 1, 1, 2)
-    >>> call = AttentionCall(
+    >>> call = ParallelCall(
     ...     query=one, exact_key=one, exact_value=3 * one, merged_key=one, merged_value=one,
     ...     alpha=torch.zeros(1, 1, 1), valid=torch.ones(1, 1, dtype=torch.bool), delay=1,
     ...     scaling=1.0)
     >>> parallel(call).flatten().tolist()
     [3.0, 3.0]
     """
-    query = call.query
-    groups = query.shape[1] // call.exact_key.shape[1]
-    grouped = query.unflatten(1, (-1, groups)) * call.scaling  # (B, K, G, Q, D)
-    exact = _scores(grouped, call.exact_key, call.softcap)
-    merged = _scores(grouped, call.merged_key, call.softcap)
+    grouped = _grouped(call)
     exact_bias, merged_bias = _biases(call)
-    columns = [exact + exact_bias, merged + merged_bias]
-    values = [call.exact_value, call.merged_value]
-    if call.closed_key is not None and call.closed_key.shape[2]:
-        assert call.closed_value is not None and call.closed_mask is not None
-        hidden = ~call.closed_mask[:, :, None, None, :]
-        columns.append(_scores(grouped, call.closed_key, call.softcap).masked_fill(hidden, HIDDEN))
-        # Buffers hold garbage beyond their length, NaN included: 0 * NaN must not reach the sum.
-        values.append(call.closed_value.masked_fill(~call.closed_mask[..., None], 0.0))
-    probabilities = torch.softmax(torch.cat(columns, -1), -1).to(query.dtype)
-    parts = probabilities.split([value.shape[2] for value in values], -1)
-    out = _weighted(parts[0], values[0].to(query.dtype))
-    for part, value in zip(parts[1:], values[1:], strict=True):
-        out = out + _weighted(part, value.to(query.dtype))
-    return out.flatten(1, 2)
+    return _softmax(
+        [
+            capped(_scores(grouped, call.exact_key), call.softcap) + exact_bias,
+            capped(_scores(grouped, call.merged_key), call.softcap) + merged_bias,
+        ],
+        [call.exact_value, call.merged_value],
+        call.query.dtype,
+    )
 
 
-def _scores(grouped: Tensor, key: Tensor, softcap: float | None) -> Tensor:
+def _grouped(call: ParallelCall | PagedCall) -> Tensor:
+    """Scaled queries, (B, K, G, Q, D)."""
+    return call.query.unflatten(1, (call.exact_key.shape[1], -1)) * call.scaling
+
+
+def _scores(grouped: Tensor, key: Tensor) -> Tensor:
     """(B, K, G, Q, D) x (B, K, S, D) -> (B, K, G, Q, S) in at least float32."""
     groups = grouped.shape[2]
     scores = grouped.flatten(2, 3) @ key.to(grouped.dtype).transpose(-1, -2)
-    return capped(scores.unflatten(2, (groups, -1)), softcap)
+    return scores.unflatten(2, (groups, -1))
+
+
+def _softmax(scores: list[Tensor], values: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """One softmax over all columns; scores (B, K, G, Q, S), values (B, K, S, Dv) each."""
+    probabilities = torch.softmax(torch.cat(scores, -1), -1).to(dtype)
+    parts = probabilities.split([value.shape[2] for value in values], -1)
+    out = _weighted(parts[0], values[0].to(dtype))
+    for part, value in zip(parts[1:], values[1:], strict=True):
+        out = out + _weighted(part, value.to(dtype))
+    return out.flatten(1, 2)
 
 
 def _weighted(probabilities: Tensor, value: Tensor) -> Tensor:
@@ -62,19 +80,144 @@ def _weighted(probabilities: Tensor, value: Tensor) -> Tensor:
     return (probabilities.flatten(2, 3) @ value).unflatten(2, (groups, -1))
 
 
-def _biases(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Biases on exact and merged columns, (B, K, 1, Q, N) each."""
+def _biases(call: ParallelCall) -> tuple[Tensor, Tensor]:
+    """Biases on exact and merged columns, (B, K, 1, T, T) each."""
     alpha, delay = call.alpha, call.delay
-    num_tokens = alpha.shape[-1]
-    column = torch.arange(num_tokens, device=alpha.device)
-    row = column[num_tokens - call.query.shape[2] :, None]
+    column = torch.arange(alpha.shape[-1], device=alpha.device)
+    row = column[:, None]
     valid = call.valid[:, None, None, None, :]
-    is_exact = (column <= row) & (column > row - delay) & (column >= call.num_prefix)
-    is_merged = (column <= row - delay) & (column >= call.num_prefix - 1)
+    is_exact = (column <= row) & (column > row - delay)
     dtype = torch.float64 if alpha.dtype == torch.float64 else torch.float32
     zero = torch.zeros((), dtype=dtype, device=alpha.device)
     exact_bias = torch.where(is_exact & valid, zero, HIDDEN)
     still_open = column == row - delay
     survives = log_survival(alpha.to(dtype))[:, :, None, None, :]
     merged_bias = torch.where(still_open, zero, survives)
-    return exact_bias, merged_bias.masked_fill(~(is_merged & valid), HIDDEN)
+    return exact_bias, merged_bias.masked_fill(~((column <= row - delay) & valid), HIDDEN)
+
+
+def attend(call: PagedCall) -> Tensor:
+    """Attends from new tokens to the entries in pages, the open entries and the exact tokens.
+
+    Returns:
+        (B, H, Q, Dv) in the dtype of the query.
+
+    Two entries of one page, one of which the first query sees:
+
+    >>> one = torch.ones(1, 1, 2, 1)
+    >>> pages = torch.cat([torch.zeros(1, 16), torch.arange(16.0)[None]], 1)
+    >>> call = PagedCall(
+    ...     query=one, pages=pages, page_size=16, table=torch.zeros(1, 1, 1, dtype=torch.int32),
+    ...     visible=torch.tensor([[[1, 3]]]), open_key=one, open_value=one,
+    ...     open_valid=torch.zeros(1, 2, dtype=torch.bool), exact_key=one, exact_value=one,
+    ...     exact_valid=torch.zeros(1, 2, dtype=torch.bool), delay=1, scaling=1.0)
+    >>> attend(call).flatten().tolist()
+    [0.0, 1.0]
+    """
+    grouped = _grouped(call)
+    size, dim = call.page_size, call.query.shape[-1]
+    closed_key, closed_value = gather(call.pages, size, dim, call.table)
+    # Pages hold garbage beyond the length, NaN included: 0 * NaN must not reach the sum.
+    exists = slots(call.visible[..., -1], call.table.shape[2], size)[..., None]
+    closed_key, closed_value = (
+        tensor.masked_fill(~exists, 0.0) for tensor in (closed_key, closed_value)
+    )
+    seen = slots(call.visible, call.table.shape[2], size)[:, :, None]  # (B, K, 1, Q, S)
+    closed = capped(_scores(grouped, closed_key), call.softcap).masked_fill(~seen, HIDDEN)
+    exact = capped(_scores(grouped, call.exact_key), call.softcap)
+    # The open entry is one column of its own per query: the diagonal of all columns.
+    of_open = capped(_scores(grouped, call.open_key), call.softcap)
+    own = torch.eye(call.query.shape[2], dtype=torch.bool, device=exact.device)
+    is_open = own & call.open_valid[:, None, None, None]
+    return _softmax(
+        [
+            closed,
+            of_open.masked_fill(~is_open, HIDDEN),
+            exact.masked_fill(~_is_exact(call)[:, None, None], HIDDEN),
+        ],
+        [closed_value, call.open_value, call.exact_value],
+        call.query.dtype,
+    )
+
+
+def _is_exact(call: PagedCall) -> Tensor:
+    """(B, Q, N) bool: the exact tokens that each query sees."""
+    queries, tokens = call.query.shape[2], call.exact_valid.shape[1]
+    column = torch.arange(tokens, device=call.query.device)
+    row = column[tokens - queries :, None]
+    return (column <= row) & (column > row - call.delay) & call.exact_valid[:, None]
+
+
+def step(call: StepCall) -> Tensor:
+    """Folds what leaves the ring, in place, then attends from the new token.
+
+    Returns:
+        (B, H, 1, Dv) in the dtype of the query.
+    """
+    fold(call)
+    factors = 1.0 if call.factors is None else call.factors
+    ring, tail, new = call.ring, call.tail, call.new
+    delay, dtype = ring.valid.shape[1], call.query.dtype
+    exact = ring if delay else new
+    return attend(
+        PagedCall(
+            query=rotate(call.query, new.cos, new.sin) * factors,
+            pages=call.pages, page_size=call.page_size, table=call.table,
+            visible=call.lengths[..., None],
+            open_key=rotate(tail.key.to(dtype), tail.cos, tail.sin) * factors,
+            open_value=tail.value, open_valid=tail.valid,
+            # The ring is no longer in order, but all of it is seen.
+            exact_key=rotate(exact.key, exact.cos, exact.sin) * factors,
+            exact_value=exact.value, exact_valid=exact.valid,
+            delay=delay, scaling=call.scaling, softcap=call.softcap,
+        )
+    )  # fmt: skip
+
+
+def fold(call: StepCall) -> None:
+    """Takes the new token into the ring and carries out the decision of the one that leaves."""
+    leaving, tail = _turn_ring(call), call.tail
+    exists = tail.valid[:, None]  # (B, 1, 1)
+    merges = (leaving.alpha > 0.5) & leaving.valid[:, None] & exists  # (B, K, 1)
+    _close(call, (exists & ~merges)[..., 0])
+    weight = torch.where(merges, tail.omega, 0.0) + leaving.omega
+    for mean, new in ((tail.key, leaving.key), (tail.value, leaving.value)):
+        new = new.to(mean.dtype)
+        share = (leaving.omega / weight).to(mean.dtype)[..., None]
+        mean.copy_(torch.where(merges[..., None], mean + (new - mean) * share, new))
+    tail.omega.copy_(weight)
+    for held, new in ((tail.cos, leaving.cos), (tail.sin, leaving.sin)):
+        held.copy_(new)
+    tail.valid.copy_(leaving.valid)
+
+
+def _turn_ring(call: StepCall) -> Tokens:
+    """Puts the new token where the oldest was, which is returned, N = 1."""
+    new, ring, turn = call.new, call.ring, call.turn
+    width = ring.valid.shape[1]
+    if not width:
+        return new
+    leaving = {}
+    for field in fields(Tokens):
+        held, dim = getattr(ring, field.name), token_dim(field.name)
+        leaving[field.name] = held.index_select(dim, turn[None])
+        fresh = getattr(new, field.name).to(held.dtype).expand_as(leaving[field.name])
+        held.index_copy_(dim, turn[None], fresh)
+    turn.add_(1).remainder_(width)
+    return Tokens(**leaving)
+
+
+def _close(call: StepCall, closes: Tensor) -> None:
+    """Writes the open entry of every head with `closes` (B, K) to its next free slot."""
+    batch, head = closes.nonzero(as_tuple=True)
+    tail, size = call.tail, call.page_size
+    key = tail.key[batch, head].to(call.new.key.dtype)
+    key = rotate(key[:, None], tail.cos[batch], tail.sin[batch])[:, 0]
+    slot = call.lengths[batch, head]
+    page, row = call.table[batch, head, slot // size].long(), slot % size
+    dim = key.shape[-1]
+    key = key if call.factors is None else key * call.factors
+    key_view(call.pages, size, dim)[page, :, row] = key.to(call.pages.dtype)
+    value = tail.value[batch, head, 0].to(call.pages.dtype)
+    value_view(call.pages, size, dim)[page, row] = value
+    call.lengths.add_(closes)

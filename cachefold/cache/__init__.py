@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from cachefold.cache.folded import FoldedCache
 from cachefold.cache.layers import FoldedLayer
-from cachefold.cache.stream import Stream, Tokens
+from cachefold.cache.stream import Stream
 
-__all__ = ["FoldedCache", "FoldedLayer", "Stream", "Tokens"]
+__all__ = ["FoldedCache", "FoldedLayer", "Stream"]

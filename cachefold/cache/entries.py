@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cachefold.cache.pages import PagePool
+from cachefold.core.pages import gather, slots
 
 
 class Mark(NamedTuple):
@@ -68,7 +69,7 @@ class PagedEntries:
         slot = (self.lengths[..., None] + new.cumsum(-1) - 1)[new]
         size = self.pool.page_size
         page, row = self.table[batch, head, slot // size].long(), slot % size
-        self.pool.keys[page, row] = key.to(self.pool.data.dtype)
+        self.pool.keys[page, :, row] = key.to(self.pool.data.dtype)
         self.pool.values[page, row] = value.to(self.pool.data.dtype)
         self.lengths = lengths
 
@@ -98,18 +99,9 @@ class PagedEntries:
             Keys (B, K, S, D), values (B, K, S, Dv) and a mask (B, K, S), True where an entry
             exists; garbage elsewhere. S is a multiple of the page size.
         """
-        batch, heads, columns = self.table.shape
-        num_slots = columns * self.pool.page_size
-        pages = self.table.clamp(min=0).flatten()
-        # Over flat rows, which index_select copies faster than pages of rows.
-        key = self.pool.keys.flatten(1).index_select(0, pages)
-        value = self.pool.values.flatten(1).index_select(0, pages)
-        slots = torch.arange(num_slots, device=self.table.device)
-        return (
-            key.view(batch, heads, num_slots, self.pool.key_dim),
-            value.view(batch, heads, num_slots, self.pool.value_dim),
-            slots < self.lengths[..., None],
-        )
+        pool = self.pool
+        key, value = gather(pool.data, pool.page_size, pool.key_dim, self.table)
+        return key, value, slots(self.lengths, self.table.shape[2], pool.page_size)
 
     def select(self, rows: Tensor) -> None:
         """Makes the requests at `rows` (n,) int64 the batch, in this order, repeats allowed.

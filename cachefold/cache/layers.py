@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from cachefold.cache.state import FoldedState, tensor_nbytes
-from cachefold.cache.stream import Stream, Tokens, clean, concatenate
+from cachefold.cache.stream import Stream, clean, concatenate, shifted
 from cachefold.core.decisions import constrain
 from cachefold.core.merging import running_means
 from cachefold.core.rotary import rotate
+from cachefold.core.tokens import Tokens, token_dim
 
 if TYPE_CHECKING:
     from cachefold.cache.limit import ByteLimit
@@ -63,7 +64,7 @@ class FoldedLayer(FoldedState):
                 caller does the same to the keys of the stream.
 
         Returns:
-            The stream, with the entries closed before this call.
+            What the new tokens may attend to.
 
         Raises:
             ValueError: other shapes or another dtype than in earlier calls, or over the byte limit
@@ -78,37 +79,44 @@ class FoldedLayer(FoldedState):
         if not self.is_initialized:
             self.lazy_initialization(new.key, new.value)
         self._check(new)
-        assert self.valid_seen is not None
+        assert self.valid_seen is not None and self.closed is not None
         tokens = concatenate(
             [part for part in (self.tail, self.ring, clean(new)) if part is not None]
         )
         tokens = replace(tokens, alpha=constrain(tokens.alpha, tokens.valid))
-        stream, weight = self._stream(tokens, new.key.dtype, new.value.dtype)
-        self._commit(stream, weight, key_scale)
-        self.seen += new.valid.shape[1]
-        self.valid_seen = self.valid_seen + new.valid.sum(1)
-        return stream
-
-    def _stream(
-        self, tokens: Tokens, key_dtype: torch.dtype, value_dtype: torch.dtype
-    ) -> tuple[Stream, Tensor]:
-        """Adds running means and closed entries; also their weights (B, K, N)."""
-        assert self.closed is not None
-        mean_key, mean_value, weight = running_means(
+        key, value, weight = running_means(
             tokens.key, tokens.value, tokens.alpha, tokens.omega, self.window
         )
-        closed_key, closed_value, closed_mask = self.closed.padded()
-        stream = Stream(
-            **{field.name: getattr(tokens, field.name) for field in fields(Tokens)}
-            | {"key": tokens.key.to(key_dtype), "value": tokens.value.to(value_dtype)},
-            merged_key=mean_key,
-            merged_value=mean_value,
-            num_prefix=0 if self.tail is None else self.tail.valid.shape[1],
-            closed_key=closed_key,
-            closed_value=closed_value,
-            closed_mask=closed_mask,
+        means = replace(tokens, key=key, value=value, omega=weight)
+        closes = _closes(tokens, 0 if self.tail is None else self.tail.valid.shape[1])
+        before = self.closed.lengths
+        self._commit(tokens, means, closes, key_scale)
+        self.seen += new.valid.shape[1]
+        self.valid_seen = self.valid_seen + new.valid.sum(1)
+        return self._stream(tokens, means, before[..., None] + closes.cumsum(-1), new)
+
+    def _stream(self, tokens: Tokens, means: Tokens, counts: Tensor, new: Tokens) -> Stream:
+        """What the new tokens see; `counts` (B, K, N), entries closed by the arrival of a token."""
+        assert self.closed is not None
+        num_tokens, num_new = tokens.valid.shape[1], new.valid.shape[1]
+        first = num_tokens - num_new
+        opened = Tokens(
+            *(
+                shifted(
+                    getattr(means, field.name), token_dim(field.name), first - self.delay, num_new
+                )
+                for field in fields(Tokens)
+            )
         )
-        return stream, weight
+        exact = tokens.narrow(max(first - max(self.delay - 1, 0), 0), num_tokens)
+        dtypes = new.key.dtype, new.value.dtype
+        return Stream(
+            exact=replace(exact, key=exact.key.to(dtypes[0]), value=exact.value.to(dtypes[1])),
+            open=replace(opened, key=opened.key.to(dtypes[0]), value=opened.value.to(dtypes[1])),
+            visible=shifted(counts, 2, first - self.delay, num_new),
+            pages=self.closed.pool.data,
+            table=self.closed.table,
+        )
 
     def _check(self, new: Tokens) -> None:
         assert self.closed is not None
@@ -122,30 +130,29 @@ class FoldedLayer(FoldedState):
                 "the dtype and the batch it was filled by: make a new one otherwise"
             )
 
-    def _commit(self, stream: Stream, weight: Tensor, key_scale: Tensor | None) -> None:
-        """Closes entries whose successor appended; carries the open entry and the ring on."""
-        num_tokens = stream.valid.shape[1]
+    def _commit(
+        self, tokens: Tokens, means: Tokens, closes: Tensor, key_scale: Tensor | None
+    ) -> None:
+        """Stores the entries that closed; carries the open entry and the ring on."""
+        num_tokens = tokens.valid.shape[1]
         end = max(num_tokens - self.delay, 0)  # tokens before `end` have left the ring
-        ring = stream.slice(end, num_tokens) if end < num_tokens else None
-        tail = self._open_entry(stream, weight, end)
-        start = max(stream.num_prefix - 1, 0)
-        stop = max(end - 1, start)
-        closes = stream.alpha[:, :, start + 1 : stop + 1] < 0.5
-        closes = closes & stream.valid[:, None, start:stop]
-        self._close(stream, start, closes, key_scale, self._spare_nbytes(closes, ring, tail))
+        ring = tokens.slice(end, num_tokens) if end < num_tokens else None
+        if ring is not None and self.dtype != ring.key.dtype:  # beside sums in float32
+            ring = replace(ring, key=ring.key.to(self.dtype), value=ring.value.to(self.dtype))
+        tail = self._open_entry(tokens, means, end)
+        closed = closes[:, :, 1:end]
+        self._close(means, closed, key_scale, self._spare_nbytes(closed, ring, tail))
         self.ring, self.tail = ring, tail
 
-    def _open_entry(self, stream: Stream, weight: Tensor, end: int) -> Tokens | None:
+    def _open_entry(self, tokens: Tokens, means: Tokens, end: int) -> Tokens | None:
         """What is carried of the entry that is open before token `end`."""
         if end == 0:
             return self.tail
         if self.window is not None:
-            return stream.slice(max(end - self.window, 0), end)
-        means = replace(stream.tokens(), key=stream.merged_key, value=stream.merged_value)
-        tail = replace(means, alpha=torch.zeros_like(stream.alpha), omega=weight)
-        return tail.slice(end - 1, end)
+            return tokens.slice(max(end - self.window, 0), end)
+        return replace(means, alpha=torch.zeros_like(means.alpha)).slice(end - 1, end)
 
-    def _spare_nbytes(self, closes: Tensor, ring: Tokens | None, tail: Tokens | None) -> int | None:
+    def _spare_nbytes(self, closed: Tensor, ring: Tokens | None, tail: Tokens | None) -> int | None:
         """Bytes that the limit allows for spare pages; None = no limit.
 
         Raises:
@@ -155,30 +162,25 @@ class FoldedLayer(FoldedState):
             return None
         assert self.closed is not None and self.valid_seen is not None
         rest = [tensor for run in (ring, tail) if run is not None for tensor in run.tensors()]
-        needed = self.closed.nbytes_with(self.closed.lengths + closes.sum(-1))
+        needed = self.closed.nbytes_with(self.closed.lengths + closed.sum(-1))
         return self.limit.spare(self, needed + tensor_nbytes([*rest, self.valid_seen]))
 
     def _close(
-        self,
-        stream: Stream,
-        start: int,
-        closes: Tensor,
-        key_scale: Tensor | None,
-        spare_nbytes: int | None,
+        self, means: Tokens, closed: Tensor, key_scale: Tensor | None, spare_nbytes: int | None
     ) -> None:
-        """Stores the entries that end at a token start + m with `closes` (B, K, m) True."""
-        batch, head, token = closes.nonzero(as_tuple=True)
+        """Stores the entries that end at a token t with `closed` (B, K, m) True."""
+        batch, head, token = closed.nonzero(as_tuple=True)
         if not len(token):
             return
         assert self.closed is not None
-        token = token + start
         # Rotation in the dtype of the cache, as the exact keys of the model are rotated.
-        keys = stream.merged_key[batch, head, token].detach().to(self.dtype)
-        cos, sin = stream.cos[batch, token], stream.sin[batch, token]
-        keys = rotate(keys[None, None], cos[None], sin[None])[0, 0]
-        keys = keys if key_scale is None else keys * key_scale
-        values = stream.merged_value[batch, head, token].detach()
-        self.closed.append(closes, keys, values, spare_nbytes)
+        keys = means.key[batch, head, token].detach().to(self.dtype)
+        keys = rotate(
+            keys[:, None, None], means.cos[batch, token, None], means.sin[batch, token, None]
+        )
+        keys = keys[:, 0, 0] if key_scale is None else keys[:, 0, 0] * key_scale
+        values = means.value[batch, head, token].detach()
+        self.closed.append(closed, keys, values, spare_nbytes)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -197,3 +199,12 @@ class FoldedLayer(FoldedState):
             "can't be taken out of their entry. Turn off assisted or prompt-lookup decoding, or "
             "copy the cache (copy.deepcopy) before the tokens that you may want to undo"
         )
+
+
+def _closes(tokens: Tokens, num_prefix: int) -> Tensor:
+    """(B, K, N) bool, True where the arrival of a token closes the entry before it."""
+    closes = torch.zeros_like(tokens.alpha, dtype=torch.bool)
+    closes[:, :, 1:] = (tokens.alpha[:, :, 1:] < 0.5) & tokens.valid[:, None, :-1]
+    # Of what carries the open entry only the last token stands for an entry.
+    closes[:, :, : max(num_prefix, 1)] = False
+    return closes

@@ -1,6 +1,6 @@
 """The pool of pages that holds the closed entries of a layer.
 
-A page holds `page_size` entries of one (request, kv head) of one layer, keys first, then values.
+A page holds `page_size` entries of one (request, kv head) of one layer; `core.pages` says how.
 All pages of a layer lie in one tensor, so that growing never copies more than one layer.
 
 Legend: D key dim, Dv value dim, P pages of the pool.
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from cachefold.core.pages import key_view, value_view
 
 PAGE_SIZES = (16, 32)
 
@@ -80,15 +82,13 @@ class PagePool:
 
     @property
     def keys(self) -> Tensor:
-        """(P, page_size, D) view; writing to it writes to the pool."""
-        size = self.page_size * self.key_dim
-        return self.data.narrow(1, 0, size).unflatten(1, (self.page_size, self.key_dim))
+        """(P, D, page_size) view; writing to it writes to the pool."""
+        return key_view(self.data, self.page_size, self.key_dim)
 
     @property
     def values(self) -> Tensor:
         """(P, page_size, Dv) view; writing to it writes to the pool."""
-        start, size = self.page_size * self.key_dim, self.page_size * self.value_dim
-        return self.data.narrow(1, start, size).unflatten(1, (self.page_size, self.value_dim))
+        return value_view(self.data, self.page_size, self.key_dim)
 
     def nbytes(self) -> int:
         """Bytes of the pool, free pages included."""

@@ -14,7 +14,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from cachefold.cache.entries import PagedEntries
 from cachefold.cache.pages import PagePool, check_page_size
-from cachefold.cache.stream import Tokens
+from cachefold.core.tokens import Tokens
 
 
 class FoldedState(CacheLayerMixin):

@@ -1,6 +1,6 @@
-"""Runs of tokens a folding layer carries, and the stream it hands to attention.
+"""From runs of tokens to what new tokens may attend to.
 
-Legend: B batch, K kv heads, N tokens, S closed entries, D key dim, Dv value dim, R rotary dim.
+Legend: B batch, K kv heads, N tokens, T new tokens, D key dim, Dv value dim, P pages.
 """
 
 from __future__ import annotations
@@ -10,45 +10,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """A run of tokens with what is needed to fold them later."""
-
-    key: Tensor
-    """(B, K, N, D), before rotary embedding."""
-    value: Tensor
-    """(B, K, N, Dv)"""
-    cos: Tensor
-    """(B, N, R)"""
-    sin: Tensor
-    """(B, N, R)"""
-    alpha: Tensor
-    """(B, K, N), 0 or 1"""
-    omega: Tensor
-    """(B, K, N), importance weights; the summed weight for a carried open entry."""
-    valid: Tensor
-    """(B, N) bool, False at padding."""
-
-    def tensors(self) -> list[Tensor]:
-        """Its tensors, in the order of the fields of `Tokens`."""
-        return [getattr(self, field.name) for field in fields(Tokens)]
-
-    def slice(self, start: int, stop: int) -> Tokens:
-        """Copies tokens [start, stop), detached, so that the rest can be freed."""
-        return Tokens(
-            *(
-                getattr(self, field.name)
-                .narrow(_token_dim(field.name), start, stop - start)
-                .detach()
-                .clone(memory_format=torch.contiguous_format)
-                for field in fields(Tokens)
-            )
-        )
-
-
-def _token_dim(name: str) -> int:
-    return 1 if name in ("cos", "sin", "valid") else 2
+from cachefold.core.tokens import Tokens, token_dim
 
 
 def clean(new: Tokens) -> Tokens:
@@ -72,34 +34,43 @@ def concatenate(parts: list[Tokens]) -> Tokens:
         return parts[0]
     return Tokens(
         *(
-            torch.cat([getattr(part, field.name) for part in parts], _token_dim(field.name))
+            torch.cat([getattr(part, field.name) for part in parts], token_dim(field.name))
             for field in fields(Tokens)
         )
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Stream(Tokens):
-    """What attention needs: [open entry | ring | new tokens], and the entries closed before.
+def shifted(tensor: Tensor, dim: int, start: int, count: int) -> Tensor:
+    """Items [start, start + count) along `dim`; zeros (False) for those before the first.
 
-    `key` and `value` have the dtype of the new tokens. The open entry is one pseudo token (no
-    window) or its last tokens (window); only the last of these `num_prefix` tokens stands for an
-    entry, and none may be seen exactly.
+    >>> shifted(torch.tensor([1, 2, 3]), 0, -2, 3).tolist()
+    [0, 0, 1]
+    """
+    missing = min(max(-start, 0), count)
+    part = tensor.narrow(dim, max(start, 0), count - missing)
+    if not missing:
+        return part
+    shape = list(tensor.shape)
+    shape[dim] = missing
+    return torch.cat([tensor.new_zeros(shape), part], dim)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stream:
+    """What T new tokens may attend to, once what left the ring is folded; before rotation.
+
+    For a token at position p of its text and delay w: the entries closed by p-w, the entry open
+    at p-w, and the exact tokens (p-w, p].
     """
 
-    merged_key: Tensor
-    """(B, K, N, D) running mean after each token, before rotary embedding, float32 or float64."""
-    merged_value: Tensor
-    """(B, K, N, Dv)"""
-    num_prefix: int
-    """Leading tokens that carry the open entry."""
-    closed_key: Tensor
-    """(B, K, S, D) rotated at the newest token of each entry; garbage where not in the mask."""
-    closed_value: Tensor
-    """(B, K, S, Dv)"""
-    closed_mask: Tensor
-    """(B, K, S) bool, True where an entry exists."""
-
-    def tokens(self) -> Tokens:
-        """The stream without entries."""
-        return Tokens(*(getattr(self, field.name) for field in fields(Tokens)))
+    exact: Tokens
+    """N >= T tokens: up to w-1 older ones, then the new ones."""
+    open: Tokens
+    """N = T running entries at p-w, one for each new token, cos and sin of their newest token;
+    not valid where none is open. `alpha` means nothing."""
+    visible: Tensor
+    """(B, K, T) int64, entries closed by p-w: the first ones of `pages`."""
+    pages: Tensor
+    """(P, page_size * (D + Dv)), keys rotated."""
+    table: Tensor
+    """(B, K, C) int32"""

@@ -10,11 +10,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cachefold.attention import blocked, reference
-from cachefold.attention.call import AttentionCall
-from cachefold.cache import FoldedCache, Stream, Tokens
+from cachefold.attention.call import PagedCall, ParallelCall
+from cachefold.cache import FoldedCache, Stream
 from cachefold.core.decisions import Decisions, constrain, harden, relax
 from cachefold.core.merging import running_means
 from cachefold.core.rotary import rotate
+from cachefold.core.tokens import Tokens
 from cachefold.models import families
 from cachefold.models.masks import valid_tokens
 from cachefold.models.run import FoldRun
@@ -64,12 +65,12 @@ class FoldedAttention:
         if stream is None:
             out = blocked.parallel(self._whole_text(query, tokens, damp, run))
         else:
-            out = reference.parallel(self._with_cache(query, stream, damp))
+            out = reference.attend(self._with_cache(query, stream, layer.page_size, damp))
         return self.o_proj(out.transpose(1, 2).reshape(batch, count, -1)), None
 
     def _whole_text(
         self, query: Tensor, tokens: Tokens, damp: Damping, run: FoldRun
-    ) -> AttentionCall:
+    ) -> ParallelCall:
         """Without a cache: the text is all there is."""
         key, value = damp(rotate(tokens.key, tokens.cos, tokens.sin)), tokens.value
         merged_key, merged_value, delay = key, value, 0
@@ -79,25 +80,24 @@ class FoldedAttention:
             )
             merged_key = damp(rotate(mean_key.to(key.dtype), tokens.cos, tokens.sin))
             merged_value, delay = mean_value.to(value.dtype), self.policy.delay
-        return AttentionCall(
+        return ParallelCall(
             query=query, exact_key=key, exact_value=value, merged_key=merged_key,
             merged_value=merged_value, alpha=tokens.alpha, valid=tokens.valid, delay=delay,
             scaling=self.scaling, softcap=families.softcap(self),
         )  # fmt: skip
 
-    def _with_cache(self, query: Tensor, stream: Stream, damp: Damping) -> AttentionCall:
+    def _with_cache(
+        self, query: Tensor, stream: Stream, page_size: int, damp: Damping
+    ) -> PagedCall:
         """After a cache: the new tokens see what it held and one another."""
-        merged_key = stream.merged_key.to(stream.key.dtype)
-        return AttentionCall(
-            query=query,
-            exact_key=damp(rotate(stream.key, stream.cos, stream.sin)),
-            exact_value=stream.value,
-            merged_key=damp(rotate(merged_key, stream.cos, stream.sin)),
-            merged_value=stream.merged_value.to(stream.value.dtype),
-            alpha=stream.alpha, valid=stream.valid, delay=self.policy.delay, scaling=self.scaling,
-            softcap=families.softcap(self), closed_key=stream.closed_key,
-            closed_value=stream.closed_value, closed_mask=stream.closed_mask,
-            num_prefix=stream.num_prefix,
+        exact, opened = stream.exact, stream.open
+        return PagedCall(
+            query=query, pages=stream.pages, page_size=page_size, table=stream.table,
+            visible=stream.visible, open_key=damp(rotate(opened.key, opened.cos, opened.sin)),
+            open_value=opened.value, open_valid=opened.valid,
+            exact_key=damp(rotate(exact.key, exact.cos, exact.sin)), exact_value=exact.value,
+            exact_valid=exact.valid, delay=self.policy.delay, scaling=self.scaling,
+            softcap=families.softcap(self),
         )  # fmt: skip
 
 

@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cachefold.cache import FoldedLayer, Tokens
+from cachefold.cache import FoldedLayer
 from cachefold.core.accounting import entries_kept
 from cachefold.core.decisions import constrain
+from cachefold.core.tokens import Tokens
 from tests.cache.texts import (
     DIM,
     HEADS,

@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from cachefold.cache import FoldedCache, Tokens
+from cachefold.cache import FoldedCache
 from cachefold.cache.limit import held_nbytes
 from cachefold.cache.pages import PagePool
+from cachefold.core.tokens import Tokens
 from tests.cache.texts import HEADS, Text, make_text
 
 

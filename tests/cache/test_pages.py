@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
-from cachefold.cache import FoldedCache, FoldedLayer, Tokens
+from cachefold.cache import FoldedCache, FoldedLayer
 from cachefold.cache.entries import PagedEntries
 from cachefold.cache.pages import SPARE, PagePool
+from cachefold.core.tokens import Tokens
 from tests.cache.texts import (
     HEADS,
     Text,

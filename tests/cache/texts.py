@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from cachefold.cache import FoldedLayer, Tokens
+from cachefold.cache import FoldedLayer
 from cachefold.cache.entries import PagedEntries
+from cachefold.core.tokens import Tokens
 
 HEADS, DIM, ROTARY = 2, 6, 4
 

@@ -1,0 +1,59 @@
+"""Runs of tokens with what is needed to fold them later.
+
+Legend: B batch, K kv heads, N tokens, D key dim, Dv value dim, R rotary dim (<= D).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A run of tokens with what is needed to fold them later."""
+
+    key: Tensor
+    """(B, K, N, D), before rotary embedding."""
+    value: Tensor
+    """(B, K, N, Dv)"""
+    cos: Tensor
+    """(B, N, R)"""
+    sin: Tensor
+    """(B, N, R)"""
+    alpha: Tensor
+    """(B, K, N), 0 or 1"""
+    omega: Tensor
+    """(B, K, N), importance weights; the summed weight for a carried open entry."""
+    valid: Tensor
+    """(B, N) bool, False at padding."""
+
+    def tensors(self) -> list[Tensor]:
+        """Its tensors, in the order of the fields of `Tokens`."""
+        return [getattr(self, field.name) for field in fields(Tokens)]
+
+    def narrow(self, start: int, stop: int) -> Tokens:
+        """Views tokens [start, stop)."""
+        return Tokens(
+            *(
+                getattr(self, field.name).narrow(token_dim(field.name), start, stop - start)
+                for field in fields(Tokens)
+            )
+        )
+
+    def slice(self, start: int, stop: int) -> Tokens:
+        """Copies tokens [start, stop), detached, so that the rest can be freed."""
+        part = self.narrow(start, stop)
+        return Tokens(
+            *(
+                tensor.detach().clone(memory_format=torch.contiguous_format)
+                for tensor in part.tensors()
+            )
+        )
+
+
+def token_dim(name: str) -> int:
+    """Dim of field `name` of `Tokens` that counts tokens."""
+    return 1 if name in ("cos", "sin", "valid") else 2
