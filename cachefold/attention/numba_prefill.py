@@ -1,0 +1,160 @@
+"""Prefill attention on the CPU: tiles of query positions over the pages, cost Q x S, memory O(Q).
+
+Threads take tiles in turn, because later tiles see more. A tile widens its exact tokens once and
+goes over the entries in passes of as many rows as registers can sum.
+
+Legend: B requests, K kv heads, H query heads, G query heads per kv head, D key dim, Dv value dim,
+Q queries, N exact tokens, C columns of the block table, w delay.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit, prange
+
+from cachefold.attention.numba_kernels import (
+    BLOCK,
+    LOG2_E,
+    Shape,
+    compiled,
+    load_byte,
+    load_float,
+    load_long,
+    make_passes,
+    make_work,
+    store_float,
+    store_long,
+)
+from cachefold.attention.vectors import LANES, make_copies
+
+MAX_ROWS = 12
+"""Rows of a pass: their scores fit into registers together."""
+
+
+class Prefill(NamedTuple):
+    """Addresses, then sizes; all numbers of the model but `visible`. Rotated as in PagedCall."""
+
+    query: int
+    """(B, H, Q, D)"""
+    open_key: int
+    """(B, K, Q, D)"""
+    open_value: int
+    """(B, K, Q, Dv)"""
+    open_valid: int
+    """(B, Q) bool"""
+    exact_key: int
+    """(B, K, N, D)"""
+    exact_value: int
+    """(B, K, N, Dv)"""
+    exact_valid: int
+    """(B, N) bool"""
+    visible: int
+    """(B, K, Q) int64"""
+    pages: int
+    table: int
+    """(B, K, C) int32"""
+    work: int
+    """Scratch of every thread."""
+    work_nbytes: int
+    """Of one thread."""
+    out: int
+    """(B, H, Q, Dv)"""
+    requests: int
+    kv_heads: int
+    num_queries: int
+    num_exact: int
+    columns: int
+    delay: int
+    threads: int
+
+
+def positions_per_pass(shape: Shape) -> int:
+    """Query positions that go over the entries together."""
+    return max(1, MAX_ROWS // shape.groups)
+
+
+@functools.cache
+def make_prefill(shape: Shape) -> Any:
+    """A numba function of (Prefill, scaling)."""
+    groups, key_dim, value_dim = shape.groups, shape.key_dim, shape.value_dim
+    positions, size = positions_per_pass(shape), 2 if shape.half else 4
+    rows = positions * groups
+    at, factor = make_work(shape, rows), np.float32(1.0 if shape.softcap else LOG2_E)
+    begin, see_entries, see_tokens, inverse = make_passes(shape, rows)
+    copies = make_copies(shape.half)
+    widen, narrow = copies.widen, copies.narrow
+
+    @compiled
+    def place(p: Prefill, head: int, row: int, first: int, dim: int) -> int:
+        """Where the numbers of a row are in (B, H, Q, dim), in bytes."""
+        query_head = head * groups + row % groups
+        return (query_head * p.num_queries + first + row // groups) * dim * size
+
+    @compiled
+    def ask(p: Prefill, scaling: float, work: int, head: int, first: int, count: int) -> None:
+        """Reads `count` positions from `first` on; what lacks to a whole pass sees nothing."""
+        scale = np.float32(scaling) * factor
+        for row in range(count * groups):
+            target = work + at.query + row * key_dim * 4
+            widen(p.query + place(p, head, row, first, key_dim), key_dim, target)
+            for i in range(key_dim):
+                store_float(target + i * 4, load_float(target + i * 4) * scale)
+        for i in range(count * groups * key_dim, rows * key_dim):
+            store_float(work + at.query + i * 4, np.float32(0.0))
+        seen = p.visible + (head * p.num_queries + first) * 8
+        for position in range(positions):
+            # Those that lack count as the last, so that the counts never fall.
+            here = load_long(seen + min(position, count - 1) * 8)
+            store_long(work + at.visible + position * 8, here)
+
+    @compiled
+    def open_entries(p: Prefill, work: int, head: int, first: int, count: int) -> None:
+        request = head // p.kv_heads
+        for position in range(positions):
+            here, key = head * p.num_queries + first + position, 0
+            is_real = position < count
+            valid = p.open_valid + request * p.num_queries + first + position
+            if is_real and load_byte(valid) != 0:
+                key = work + at.keys
+                widen(p.open_key + here * key_dim * size, key_dim, key)
+                widen(p.open_value + here * value_dim * size, value_dim, work + at.values)
+            begin(work, position, key, work + at.values)
+
+    @compiled
+    def see_exact(p: Prefill, work: int, head: int, first: int, count: int) -> None:
+        row = p.num_exact - p.num_queries + first
+        start, end = max(row - p.delay + 1, 0), row + count
+        valid = p.exact_valid + head // p.kv_heads * p.num_exact
+        for token in range(start if p.delay else end, end, BLOCK * LANES):
+            number, here = min(BLOCK * LANES, end - token), head * p.num_exact + token
+            widen(p.exact_key + here * key_dim * size, number * key_dim, work + at.keys)
+            widen(p.exact_value + here * value_dim * size, number * value_dim, work + at.values)
+            see_tokens(work, number, token, row, p.delay, valid)
+
+    @compiled
+    def attend_pass(p: Prefill, scaling: float, work: int, head: int, first: int) -> None:
+        count = min(positions, p.num_queries - first)
+        ask(p, scaling, work, head, first, count)
+        open_entries(p, work, head, first, count)
+        see_exact(p, work, head, first, count)
+        most = load_long(work + at.visible + (positions - 1) * 8)
+        see_entries(work, p.pages, p.table + head * p.columns * 4, 0, -(-most // LANES))
+        for row in range(count * groups):
+            sums, share = work + at.sums + row * value_dim * 4, inverse(work, row)
+            for i in range(value_dim):
+                store_float(sums + i * 4, load_float(sums + i * 4) * share)
+            narrow(sums, value_dim, p.out + place(p, head, row, first, value_dim))
+
+    @njit(nogil=True, error_model="numpy", parallel=True)
+    def attend(p: Prefill, scaling: float) -> None:
+        per_head = -(-p.num_queries // positions)
+        for thread in prange(p.threads):
+            work = p.work + thread * p.work_nbytes
+            for task in range(thread, p.requests * p.kv_heads * per_head, p.threads):
+                first = task % per_head * positions
+                attend_pass(p, scaling, work, task // per_head, first)
+
+    return attend
