@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from torch import Tensor
 
 from cachefold.attention import blocked
 from cachefold.attention.call import PagedCall, ParallelCall, StepCall
-from cachefold.core.tokens import Tokens
 
 MAX_GROUPS = 16
 SERIAL_STRIPS = 256
@@ -117,7 +115,7 @@ def _attend_one(
 ) -> Tensor:  # fmt: skip
     """Runs the decode kernel; queries, open entries and exact keys in float32, all contiguous."""
     from cachefold.attention.numba_decode import Decode, make_decode
-    from cachefold.attention.numba_kernels import work_nbytes
+    from cachefold.attention.numba_kernels import float_bits, launch, work_nbytes
 
     batch, heads = query.shape[:2]
     kv_heads, columns = visible.shape[1], table.shape[2]
@@ -126,7 +124,7 @@ def _attend_one(
     part_nbytes = threads * batch * heads * (shape.value_dim + 2) * 4
     scratch = torch.empty(threads * nbytes + part_nbytes, dtype=torch.uint8)
     out = torch.empty(batch, heads, 1, shape.value_dim, dtype=call.query.dtype)
-    arguments = Decode(
+    fields = Decode(
         query=query.data_ptr(), open_key=open_key.data_ptr(), open_value=open_value.data_ptr(),
         open_valid=open_valid.data_ptr(), exact_key=exact_key.data_ptr(),
         exact_value=exact_value.data_ptr(), exact_valid=exact_valid.data_ptr(),
@@ -134,9 +132,11 @@ def _attend_one(
         work=scratch.data_ptr(), work_nbytes=nbytes, parts=scratch.data_ptr() + threads * nbytes,
         out=out.data_ptr(), requests=batch, kv_heads=kv_heads,
         num_exact=exact_valid.shape[1] if delay else 0, columns=columns, threads=threads,
+        scaling=float_bits(call.scaling),
     )  # fmt: skip
-    kernels = make_decode(shape)
-    (kernels.parallel if threads > 1 else kernels.serial)(arguments, call.scaling)
+    attend_share, join = make_decode(shape)
+    launch(attend_share, fields, threads)
+    launch(join, fields, 1)
     return out
 
 
@@ -146,7 +146,7 @@ def _threads(heads: int, strips: int) -> int:
 
 
 def _prefill(call: PagedCall) -> Tensor:
-    from cachefold.attention.numba_kernels import work_nbytes
+    from cachefold.attention.numba_kernels import float_bits, launch, work_nbytes
     from cachefold.attention.numba_prefill import Prefill, make_prefill, positions_per_pass
 
     batch, heads, queries, _ = call.query.shape
@@ -162,13 +162,14 @@ def _prefill(call: PagedCall) -> Tensor:
     }  # fmt: skip
     scratch = torch.empty(threads * nbytes, dtype=torch.uint8)
     out = torch.empty(batch, heads, queries, shape.value_dim, dtype=call.query.dtype)
-    arguments = Prefill(
+    fields = Prefill(
         **{name: tensor.data_ptr() for name, tensor in held.items()},
         work=scratch.data_ptr(), work_nbytes=nbytes, out=out.data_ptr(), requests=batch,
         kv_heads=kv_heads, num_queries=queries, num_exact=call.exact_valid.shape[1],
         columns=call.table.shape[2], delay=call.delay, threads=threads,
+        scaling=float_bits(call.scaling),
     )  # fmt: skip
-    make_prefill(shape)(arguments, call.scaling)
+    launch(make_prefill(shape), fields, threads)
     return out
 
 
@@ -177,41 +178,32 @@ def _ones(dim: int) -> Tensor:
     return torch.ones(dim)
 
 
-def _run(tokens: Tokens) -> tuple[Any, list[Tensor]]:
-    """The addresses of a run, and the tensors that must live as long as they are used."""
-    from cachefold.attention.numba_fold import Run
-
-    held = [getattr(tokens, field.name).contiguous() for field in fields(Tokens)]
-    return Run(*(tensor.data_ptr() for tensor in held)), held
-
-
 def _step(call: StepCall) -> Tensor:
     from cachefold.attention.numba_fold import Fold, make_fold
+    from cachefold.attention.numba_kernels import launch
 
     batch, kv_heads, delay, key_dim = call.ring.key.shape
     shape, factors = _shape(call, kv_heads), _ones(key_dim)
     if call.factors is not None:
         factors = call.factors.float().contiguous()
-    new, kept = _run(call.new)
-    query = call.query.contiguous()
+    query, new = call.query.contiguous(), [t.contiguous() for t in call.new.tensors()]
+    runs = [t.data_ptr() for t in (*new, *call.ring.tensors(), *call.tail.tensors())]
     rotated_query = torch.empty(query.shape, dtype=torch.float32)
     rotated_open = torch.empty(batch, kv_heads, 1, key_dim)
     rotated_ring = torch.empty(batch, kv_heads, delay, key_dim)
     scratch = torch.empty(batch, key_dim + shape.value_dim)
-    rotary = call.new.cos.shape[-1]
-    size = call.new.cos.element_size()
-    arguments = Fold(
-        query=query.data_ptr(), query_factors=factors.data_ptr(), key_factors=factors.data_ptr(),
-        turn=call.turn.data_ptr(), pages=call.pages.data_ptr(), table=call.table.data_ptr(),
-        lengths=call.lengths.data_ptr(), rotated_query=rotated_query.data_ptr(),
-        rotated_open=rotated_open.data_ptr(), rotated_ring=rotated_ring.data_ptr(),
-        scratch=scratch.data_ptr(), requests=batch, kv_heads=kv_heads, delay=delay,
-        columns=call.table.shape[2],
-        new_rotary=rotary * size if call.new.cos.shape[0] > 1 else 0,
+    cos, threads = call.new.cos, min(batch, torch.get_num_threads())
+    fields = Fold(
+        *runs, query=query.data_ptr(), factors=factors.data_ptr(), turn=call.turn.data_ptr(),
+        pages=call.pages.data_ptr(), table=call.table.data_ptr(), lengths=call.lengths.data_ptr(),
+        rotated_query=rotated_query.data_ptr(), rotated_open=rotated_open.data_ptr(),
+        rotated_ring=rotated_ring.data_ptr(), scratch=scratch.data_ptr(), requests=batch,
+        columns=call.table.shape[2], threads=threads,
+        new_stride=cos.shape[-1] * cos.element_size() if cos.shape[0] > 1 else 0,
     )  # fmt: skip
-    kernels = make_fold(shape, rotary)
-    run = kernels.parallel if batch > 1 else kernels.serial
-    run(arguments, new, _run(call.ring)[0], _run(call.tail)[0])
+    launch(make_fold(shape, cos.shape[-1], kv_heads, delay), fields, threads)
+    if delay:
+        call.turn.add_(1).remainder_(delay)
     return _attend_one(
         shape, call, call.table, call.lengths, query=rotated_query, open_key=rotated_open,
         open_value=call.tail.value, open_valid=call.tail.valid, exact_key=rotated_ring,

@@ -13,7 +13,6 @@ import functools
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit, prange
 
 from cachefold.attention.numba_kernels import (
     BLOCK,
@@ -25,6 +24,8 @@ from cachefold.attention.numba_kernels import (
     load_long,
     make_passes,
     make_work,
+    offsets,
+    procedure,
     store_float,
     store_long,
 )
@@ -69,18 +70,16 @@ class Decode(NamedTuple):
     num_exact: int
     columns: int
     threads: int
+    scaling: int
+    """Bits of the float32."""
 
 
-class DecodeKernels(NamedTuple):
-    """Numba functions of (Decode, scaling)."""
-
-    serial: Any
-    parallel: Any
+AT = offsets(Decode)
 
 
 @functools.cache
-def make_decode(shape: Shape) -> DecodeKernels:
-    """Kernels for one position per request."""
+def make_decode(shape: Shape) -> tuple[Any, Any]:
+    """Two procedures of (fields of Decode, thread): each thread its share, then one joins."""
     groups, key_dim, value_dim = shape.groups, shape.key_dim, shape.value_dim
     size, at, part_size = 2 if shape.half else 4, make_work(shape, groups), value_dim + 2
     factor = np.float32(1.0 if shape.softcap else LOG2_E)
@@ -89,39 +88,65 @@ def make_decode(shape: Shape) -> DecodeKernels:
     copy, widen, narrow = plain.widen, copies.widen, copies.narrow
 
     @compiled
-    def extent(d: Decode, head: int) -> int:
-        return OWN + -(-load_long(d.visible + head * 8) // LANES)
+    def extent(d: int, head: int) -> int:
+        return OWN + -(-load_long(load_long(d + AT.visible) + head * 8) // LANES)
 
     @compiled
-    def see_exact(d: Decode, work: int, head: int) -> None:
-        valid = d.exact_valid + head // d.kv_heads * d.num_exact
-        for first in range(0, d.num_exact, BLOCK * LANES):
-            count, place = min(BLOCK * LANES, d.num_exact - first), head * d.num_exact + first
-            copy(d.exact_key + place * key_dim * 4, count * key_dim, work + at.keys)
-            widen(d.exact_value + place * value_dim * size, count * value_dim, work + at.values)
-            see_tokens(work, count, first, d.num_exact - 1, d.num_exact, valid)
+    def see_exact(d: int, work: int, head: int) -> None:
+        valid = load_long(d + AT.exact_valid) + head // load_long(d + AT.kv_heads) * load_long(
+            d + AT.num_exact
+        )
+        for first in range(0, load_long(d + AT.num_exact), BLOCK * LANES):
+            count, place = (
+                min(BLOCK * LANES, load_long(d + AT.num_exact) - first),
+                head * load_long(d + AT.num_exact) + first,
+            )
+            copy(load_long(d + AT.exact_key) + place * key_dim * 4, count * key_dim, work + at.keys)
+            widen(
+                load_long(d + AT.exact_value) + place * value_dim * size,
+                count * value_dim,
+                work + at.values,
+            )
+            see_tokens(
+                work,
+                count,
+                first,
+                load_long(d + AT.num_exact) - 1,
+                load_long(d + AT.num_exact),
+                valid,
+            )
 
-    @compiled
-    def attend_head(d: Decode, scaling: float, work: int, head: int, low: int, high: int) -> None:
+    @procedure
+    def attend_head(d: int, work: int, head: int, low: int, high: int) -> None:
         """Does [low, high) of the extent of a head."""
+        scale = load_float(d + AT.scaling) * factor
         for i in range(groups * key_dim):
-            asked = load_float(d.query + (head * groups * key_dim + i) * 4)
-            store_float(work + at.query + i * 4, asked * np.float32(scaling) * factor)
-        store_long(work + at.visible, load_long(d.visible + head * 8))
-        is_open = low == 0 and load_byte(d.open_valid + head // d.kv_heads) != 0
-        key = d.open_key + head * key_dim * 4 if is_open else 0
-        begin(work, 0, key, d.open_value + head * value_dim * 4)
+            asked = load_float(load_long(d + AT.query) + (head * groups * key_dim + i) * 4)
+            store_float(work + at.query + i * 4, asked * scale)
+        store_long(work + at.visible, load_long(load_long(d + AT.visible) + head * 8))
+        is_open = (
+            low == 0
+            and load_byte(load_long(d + AT.open_valid) + head // load_long(d + AT.kv_heads)) != 0
+        )
+        key = load_long(d + AT.open_key) + head * key_dim * 4 if is_open else 0
+        begin(work, 0, key, load_long(d + AT.open_value) + head * value_dim * 4)
         if low == 0:
             see_exact(d, work, head)
         first, last = max(low - OWN, 0), max(high - OWN, 0)
-        see_entries(work, d.pages, d.table + head * d.columns * 4, first, last)
+        see_entries(
+            work,
+            load_long(d + AT.pages),
+            load_long(d + AT.table) + head * load_long(d + AT.columns) * 4,
+            first,
+            last,
+        )
 
     @compiled
-    def keep(d: Decode, work: int, head: int, thread: int) -> None:
+    def keep(d: int, work: int, head: int, thread: int) -> None:
         """Puts what a thread found of a head to its parts."""
-        heads = d.requests * d.kv_heads
+        heads = load_long(d + AT.requests) * load_long(d + AT.kv_heads)
         for g in range(groups):
-            part = d.parts + ((thread * heads + head) * groups + g) * part_size * 4
+            part = load_long(d + AT.parts) + ((thread * heads + head) * groups + g) * part_size * 4
             total = np.float32(0.0)
             for lane in range(LANES):
                 total += load_float(work + at.total + (g * LANES + lane) * 4)
@@ -129,27 +154,33 @@ def make_decode(shape: Shape) -> DecodeKernels:
             store_float(part + 4, total)
             copy(work + at.sums + g * value_dim * 4, value_dim, part + 8)
 
-    @compiled
-    def attend_share(d: Decode, scaling: float, thread: int) -> None:
-        heads, whole = d.requests * d.kv_heads, 0
+    @procedure
+    def attend_share(d: int, thread: int) -> None:
+        heads, whole = load_long(d + AT.requests) * load_long(d + AT.kv_heads), 0
         for head in range(heads):
             whole += extent(d, head)
-        low, high = thread * whole // d.threads, (thread + 1) * whole // d.threads
-        work, start = d.work + thread * d.work_nbytes, 0
+        low, high = (
+            thread * whole // load_long(d + AT.threads),
+            (thread + 1) * whole // load_long(d + AT.threads),
+        )
+        work, start = load_long(d + AT.work) + thread * load_long(d + AT.work_nbytes), 0
         for head in range(heads):
             here = extent(d, head)
             first, last = max(low - start, 0), min(high - start, here)
             if first < last:
-                attend_head(d, scaling, work, head, first, last)
+                attend_head(d, work, head, first, last)
                 keep(d, work, head, thread)
             start += here
 
-    @compiled
-    def join_head(d: Decode, head: int, low: int, high: int) -> None:
+    @procedure
+    def join_head(d: int, head: int, low: int, high: int) -> None:
         """Joins the parts of a head by the threads [low, high)."""
-        heads, work = d.requests * d.kv_heads, d.work
+        heads, work = (
+            load_long(d + AT.requests) * load_long(d + AT.kv_heads),
+            load_long(d + AT.work),
+        )
         for g in range(groups):
-            first = d.parts + (head * groups + g) * part_size * 4
+            first = load_long(d + AT.parts) + (head * groups + g) * part_size * 4
             step = heads * groups * part_size * 4
             top = load_float(first + low * step)
             for thread in range(low + 1, high):
@@ -165,33 +196,24 @@ def make_decode(shape: Shape) -> DecodeKernels:
             inverse = np.float32(1.0) / total if total > 0 else np.float32(0.0)
             for i in range(value_dim):
                 store_float(work + i * 4, load_float(work + i * 4) * inverse)
-            narrow(work, value_dim, d.out + (head * groups + g) * value_dim * size)
+            narrow(work, value_dim, load_long(d + AT.out) + (head * groups + g) * value_dim * size)
 
-    @compiled
-    def join(d: Decode) -> None:
-        heads, whole, start = d.requests * d.kv_heads, 0, 0
+    @procedure
+    def join(d: int, _: int) -> None:
+        heads, whole, start = load_long(d + AT.requests) * load_long(d + AT.kv_heads), 0, 0
         for head in range(heads):
             whole += extent(d, head)
         low = 0
         for head in range(heads):
             end = start + extent(d, head)
-            while (low + 1) * whole // d.threads <= start:
+            while (low + 1) * whole // load_long(d + AT.threads) <= start:
                 low += 1
             high = low
-            while high < d.threads and high * whole // d.threads < end:
+            while (
+                high < load_long(d + AT.threads) and high * whole // load_long(d + AT.threads) < end
+            ):
                 high += 1
             join_head(d, head, low, high)
             start = end
 
-    @compiled
-    def serial(d: Decode, scaling: float) -> None:
-        attend_share(d, scaling, 0)
-        join(d)
-
-    @njit(nogil=True, error_model="numpy", parallel=True)
-    def parallel(d: Decode, scaling: float) -> None:
-        for thread in prange(d.threads):
-            attend_share(d, scaling, thread)
-        join(d)
-
-    return DecodeKernels(serial, parallel)
+    return attend_share, join

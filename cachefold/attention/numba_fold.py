@@ -11,8 +11,6 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
-from numba import njit, prange
-
 from cachefold.attention.numba_kernels import (
     Shape,
     compiled,
@@ -20,6 +18,8 @@ from cachefold.attention.numba_kernels import (
     load_float,
     load_int,
     load_long,
+    offsets,
+    procedure,
     store_byte,
     store_float,
     store_long,
@@ -27,29 +27,36 @@ from cachefold.attention.numba_kernels import (
 from cachefold.attention.vectors import make_blend, make_copies, make_rotate
 
 
-class Run(NamedTuple):
-    """Addresses of the fields of `Tokens`."""
-
-    key: int
-    value: int
-    cos: int
-    sin: int
-    alpha: int
-    omega: int
-    valid: int
-
-
 class Fold(NamedTuple):
-    """Addresses, then sizes. The runs follow as arguments of their own."""
+    """Addresses, then sizes; those of new, ring and tail are the fields of `Tokens`."""
 
+    new_key: int
+    new_value: int
+    new_cos: int
+    new_sin: int
+    new_alpha: int
+    new_omega: int
+    new_valid: int
+    ring_key: int
+    ring_value: int
+    ring_cos: int
+    ring_sin: int
+    ring_alpha: int
+    ring_omega: int
+    ring_valid: int
+    tail_key: int
+    tail_value: int
+    tail_cos: int
+    tail_sin: int
+    tail_alpha: int
+    tail_omega: int
+    tail_valid: int
     query: int
     """(B, H, D) of the model"""
-    query_factors: int
-    """(D,) float32"""
-    key_factors: int
+    factors: int
     """(D,) float32"""
     turn: int
-    """int64"""
+    """int64; the caller moves it on."""
     pages: int
     table: int
     """(B, K, C) int32"""
@@ -64,76 +71,88 @@ class Fold(NamedTuple):
     scratch: int
     """(B, D + Dv) float32"""
     requests: int
-    kv_heads: int
-    delay: int
     columns: int
-    new_rotary: int
+    new_stride: int
     """Bytes between the cos of one request and the next among the new tokens; 0 = shared."""
+    threads: int
 
 
-class FoldKernels(NamedTuple):
-    """Numba functions of (Fold, new, ring, tail)."""
-
-    serial: Any
-    parallel: Any
+AT = offsets(Fold)
+NEW, RING, TAIL = AT.new_key, AT.ring_key, AT.tail_key
+"""Where the fields of a run begin."""
+KEY, VALUE, COS, SIN, ALPHA, OMEGA, VALID = range(0, 56, 8)
 
 
 @functools.cache
-def make_fold(shape: Shape, rotary: int) -> FoldKernels:
-    """Kernels for R = `rotary`, a multiple of 32."""
+def make_fold(shape: Shape, rotary: int, kv_heads: int, delay: int) -> Any:
+    """A procedure of (fields of Fold, thread) for R = `rotary`, a multiple of 32."""
     groups, key_dim, value_dim = shape.groups, shape.key_dim, shape.value_dim
     size, page_size = 2 if shape.half else 4, shape.page_size
     key_bytes = page_size * key_dim * size
     page_bytes = key_bytes + page_size * value_dim * size
+    rotary_bytes, scratch_bytes = rotary * size, (key_dim + value_dim) * 4
+    # Without a ring the token that leaves is the new one itself.
+    leaves, slots = (RING, delay) if delay else (NEW, 1)
     widen, narrow, scatter = make_copies(shape.half)
     rotate = make_rotate(key_dim, rotary, shape.half, shape.half)
     rotate_wide = make_rotate(key_dim, rotary, shape.half, False)
     blend = make_blend(shape.half)
 
     @compiled
-    def close(f: Fold, tail: Run, head: int, request: int, scratch: int) -> None:
-        """Writes the open entry to the next free slot of its head."""
-        length = load_long(f.lengths + head * 8)
-        page = load_int(f.table + (head * f.columns + length // page_size) * 4)
-        slot, start = length % page_size, f.pages + page * page_bytes
-        cos, sin = tail.cos + request * rotary * size, tail.sin + request * rotary * size
-        rotate_wide(tail.key + head * key_dim * 4, cos, sin, f.key_factors, scratch)
-        scatter(scratch, key_dim, start + slot * size, page_size * size)
-        value = start + key_bytes + slot * value_dim * size
-        narrow(tail.value + head * value_dim * 4, value_dim, value)
-        store_long(f.lengths + head * 8, length + 1)
+    def item(f: int, field: int, place: int) -> int:
+        """Address of the item at `place`, in bytes, of a tensor."""
+        return load_long(f + field) + place
 
     @compiled
-    def absorb(
-        tail: Run, head: int, key: int, value: int, omega: float, merges: bool, scratch: int
-    ) -> None:
-        """Merges a token into the open entry, or makes it the open entry."""
-        mean_key, mean_value = tail.key + head * key_dim * 4, tail.value + head * value_dim * 4
+    def scratch_of(f: int, request: int) -> int:
+        return item(f, AT.scratch, request * scratch_bytes)
+
+    @compiled
+    def close(f: int, head: int, request: int) -> None:
+        """Writes the open entry to the next free slot of its head."""
+        length = load_long(item(f, AT.lengths, head * 8))
+        column = head * load_long(f + AT.columns) + length // page_size
+        page = load_int(item(f, AT.table, column * 4))
+        slot, start = length % page_size, item(f, AT.pages, page * page_bytes)
+        cos = item(f, TAIL + COS, request * rotary_bytes)
+        sin = item(f, TAIL + SIN, request * rotary_bytes)
+        mean, turned = item(f, TAIL + KEY, head * key_dim * 4), scratch_of(f, request)
+        rotate_wide(mean, cos, sin, load_long(f + AT.factors), turned)
+        scatter(turned, key_dim, start + slot * size, page_size * size)
+        value = start + key_bytes + slot * value_dim * size
+        narrow(item(f, TAIL + VALUE, head * value_dim * 4), value_dim, value)
+        store_long(item(f, AT.lengths, head * 8), length + 1)
+
+    @compiled
+    def absorb(f: int, head: int, request: int, slot: int, merges: bool) -> None:
+        """Merges the token that leaves into the open entry, or makes it the open entry."""
+        place = head * slots + slot
+        key = item(f, leaves + KEY, place * key_dim * size)
+        value = item(f, leaves + VALUE, place * value_dim * size)
+        mean_key = item(f, TAIL + KEY, head * key_dim * 4)
+        mean_value = item(f, TAIL + VALUE, head * value_dim * 4)
+        weight, omega = item(f, TAIL + OMEGA, head * 4), item(f, leaves + OMEGA, place * 4)
         if not merges:
             widen(key, key_dim, mean_key)
             widen(value, value_dim, mean_value)
-            store_float(tail.omega + head * 4, omega)
+            store_float(weight, load_float(omega))
             return
-        weight = load_float(tail.omega + head * 4) + omega
-        store_float(tail.omega + head * 4, weight)
-        store_float(scratch, omega / weight)
-        blend(key, key_dim, scratch, mean_key)
-        blend(value, value_dim, scratch, mean_value)
+        store_float(weight, load_float(weight) + load_float(omega))
+        share = scratch_of(f, request)
+        store_float(share, load_float(omega) / load_float(weight))
+        blend(key, key_dim, share, mean_key)
+        blend(value, value_dim, share, mean_value)
 
     @compiled
-    def fold_head(f: Fold, leaving: Run, tail: Run, head: int, slot: int, request: int) -> None:
-        """Carries out the decision of the token at `slot` of `leaving`."""
-        scratch = f.scratch + request * (key_dim + value_dim) * 4
-        exists = load_byte(tail.valid + request) != 0
-        rotary_slot = request * max(f.delay, 1) + slot
-        is_real = load_byte(leaving.valid + rotary_slot) != 0
-        place = head * max(f.delay, 1) + slot
-        merges = exists and is_real and load_float(leaving.alpha + place * 4) > 0.5
+    def fold_head(f: int, head: int, request: int, slot: int) -> None:
+        """Carries out the decision of the token at `slot`."""
+        exists = load_byte(item(f, TAIL + VALID, request)) != 0
+        is_real = load_byte(item(f, leaves + VALID, request * slots + slot)) != 0
+        alpha = load_float(item(f, leaves + ALPHA, (head * slots + slot) * 4))
+        merges = exists and is_real and alpha > 0.5
         if exists and not merges:
-            close(f, tail, head, request, scratch)
-        key, value = leaving.key + place * key_dim * size, leaving.value + place * value_dim * size
-        omega = load_float(leaving.omega + place * 4)
-        absorb(tail, head, key, value, omega, merges, scratch)
+            close(f, head, request)
+        absorb(f, head, request, slot, merges)
 
     @compiled
     def copy(source: int, count: int, target: int, scratch: int) -> None:
@@ -141,77 +160,66 @@ def make_fold(shape: Shape, rotary: int) -> FoldKernels:
         narrow(scratch, count, target)
 
     @compiled
-    def enter_head(f: Fold, new: Run, ring: Run, head: int, slot: int, request: int) -> None:
+    def enter_head(f: int, head: int, request: int, slot: int) -> None:
         """Puts the new token of a head into the ring."""
-        scratch = f.scratch + request * (key_dim + value_dim) * 4
-        place = head * f.delay + slot
-        copy(new.key + head * key_dim * size, key_dim, ring.key + place * key_dim * size, scratch)
-        value = ring.value + place * value_dim * size
-        copy(new.value + head * value_dim * size, value_dim, value, scratch)
-        store_float(ring.alpha + place * 4, load_float(new.alpha + head * 4))
-        store_float(ring.omega + place * 4, load_float(new.omega + head * 4))
+        scratch, place = scratch_of(f, request), head * delay + slot
+        source, target = head * key_dim * size, place * key_dim * size
+        copy(item(f, NEW + KEY, source), key_dim, item(f, RING + KEY, target), scratch)
+        source, target = head * value_dim * size, place * value_dim * size
+        copy(item(f, NEW + VALUE, source), value_dim, item(f, RING + VALUE, target), scratch)
+        for field in (ALPHA, OMEGA):
+            number = load_float(item(f, NEW + field, head * 4))
+            store_float(item(f, RING + field, place * 4), number)
 
     @compiled
-    def move_rotary(
-        f: Fold, source: Run, slot: int, source_stride: int, target: Run, to: int, request: int
-    ) -> None:
-        """Copies cos, sin and valid of a request from `slot` to `to`, counted in tokens."""
-        scratch = f.scratch + request * (key_dim + value_dim) * 4
-        start = request * source_stride + slot * rotary * size
-        copy(source.cos + start, rotary, target.cos + to * rotary * size, scratch)
-        copy(source.sin + start, rotary, target.sin + to * rotary * size, scratch)
+    def move(f: int, source: int, start: int, target: int, to: int, request: int) -> None:
+        """Copies cos and sin of a token between runs, from and to places in bytes."""
+        scratch = scratch_of(f, request)
+        for field in (COS, SIN):
+            copy(item(f, source + field, start), rotary, item(f, target + field, to), scratch)
 
     @compiled
-    def turn_all(f: Fold, new: Run, ring: Run, tail: Run, request: int) -> None:
-        """Rotates queries, open entries and ring of a request."""
-        cos, sin = new.cos + request * f.new_rotary, new.sin + request * f.new_rotary
-        first, open_place = request * f.kv_heads * groups, request * rotary * size
-        for row in range(first, first + f.kv_heads * groups):
-            target = f.rotated_query + row * key_dim * 4
-            rotate(f.query + row * key_dim * size, cos, sin, f.query_factors, target)
-        for head in range(request * f.kv_heads, (request + 1) * f.kv_heads):
-            cos, sin = tail.cos + open_place, tail.sin + open_place
-            target = f.rotated_open + head * key_dim * 4
-            rotate_wide(tail.key + head * key_dim * 4, cos, sin, f.key_factors, target)
-            for token in range(f.delay):
-                place = head * f.delay + token
-                turned = (request * f.delay + token) * rotary * size
-                target = f.rotated_ring + place * key_dim * 4
-                key = ring.key + place * key_dim * size
-                rotate(key, ring.cos + turned, ring.sin + turned, f.key_factors, target)
+    def enter_request(f: int, request: int, slot: int) -> None:
+        """Carries on what all heads of a request share."""
+        shared, place = request * load_long(f + AT.new_stride), request * slots + slot
+        start = place * rotary_bytes if delay else shared
+        move(f, leaves, start, TAIL, request * rotary_bytes, request)
+        valid = load_byte(item(f, leaves + VALID, place))
+        store_byte(item(f, TAIL + VALID, request), valid)
+        if delay:
+            move(f, NEW, shared, RING, place * rotary_bytes, request)
+            store_byte(item(f, RING + VALID, place), load_byte(item(f, NEW + VALID, request)))
 
     @compiled
-    def fold_request(f: Fold, new: Run, ring: Run, tail: Run, request: int) -> None:
-        slot = load_long(f.turn) if f.delay else 0
-        leaving = ring if f.delay else new
-        stride = f.delay * rotary * size if f.delay else f.new_rotary
-        for head in range(request * f.kv_heads, (request + 1) * f.kv_heads):
-            fold_head(f, leaving, tail, head, slot, request)
-            if f.delay:
-                enter_head(f, new, ring, head, slot, request)
-        move_rotary(f, leaving, slot, stride, tail, request, request)
-        from_slot = request * max(f.delay, 1) + slot
-        store_byte(tail.valid + request, load_byte(leaving.valid + from_slot))
-        if f.delay:
-            move_rotary(f, new, 0, f.new_rotary, ring, request * f.delay + slot, request)
-            store_byte(ring.valid + request * f.delay + slot, load_byte(new.valid + request))
-        turn_all(f, new, ring, tail, request)
+    def turn_head(f: int, head: int, request: int) -> None:
+        """Rotates queries, open entry and ring of a head."""
+        factors, shared = load_long(f + AT.factors), request * load_long(f + AT.new_stride)
+        cos, sin = item(f, NEW + COS, shared), item(f, NEW + SIN, shared)
+        for row in range(head * groups, (head + 1) * groups):
+            source = item(f, AT.query, row * key_dim * size)
+            rotate(source, cos, sin, factors, item(f, AT.rotated_query, row * key_dim * 4))
+        place = head * key_dim * 4
+        cos = item(f, TAIL + COS, request * rotary_bytes)
+        sin = item(f, TAIL + SIN, request * rotary_bytes)
+        source = item(f, TAIL + KEY, place)
+        rotate_wide(source, cos, sin, factors, item(f, AT.rotated_open, place))
+        for token in range(delay):
+            cos = item(f, RING + COS, (request * delay + token) * rotary_bytes)
+            sin = item(f, RING + SIN, (request * delay + token) * rotary_bytes)
+            place = (head * delay + token) * key_dim
+            source = item(f, RING + KEY, place * size)
+            rotate(source, cos, sin, factors, item(f, AT.rotated_ring, place * 4))
 
-    @compiled
-    def finish(f: Fold) -> None:
-        if f.delay:
-            store_long(f.turn, (load_long(f.turn) + 1) % f.delay)
+    @procedure
+    def fold(f: int, thread: int) -> None:
+        slot, threads = load_long(load_long(f + AT.turn)), load_long(f + AT.threads)
+        for request in range(thread, load_long(f + AT.requests), threads):
+            for head in range(request * kv_heads, (request + 1) * kv_heads):
+                fold_head(f, head, request, slot if delay else 0)
+                if delay:
+                    enter_head(f, head, request, slot)
+            enter_request(f, request, slot if delay else 0)
+            for head in range(request * kv_heads, (request + 1) * kv_heads):
+                turn_head(f, head, request)
 
-    @compiled
-    def serial(f: Fold, new: Run, ring: Run, tail: Run) -> None:
-        for request in range(f.requests):
-            fold_request(f, new, ring, tail, request)
-        finish(f)
-
-    @njit(nogil=True, error_model="numpy", parallel=True)
-    def parallel(f: Fold, new: Run, ring: Run, tail: Run) -> None:
-        for request in prange(f.requests):
-            fold_request(f, new, ring, tail, request)
-        finish(f)
-
-    return FoldKernels(serial, parallel)
+    return fold

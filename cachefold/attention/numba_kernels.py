@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
+from numba import cfunc, njit, prange, types
 
 from cachefold.attention.vectors import (
     HIDDEN,
     LANES,
+    call_at,
     make_dots,
     make_load,
     make_score,
@@ -36,6 +37,50 @@ load_byte, load_int, load_long = make_load("int8"), make_load("int32"), make_loa
 load_float, store_float = make_load("float32"), make_store("float32")
 store_byte, store_long = make_store("int8"), make_store("int64")
 compiled = njit(nogil=True, error_model="numpy")
+
+
+def procedure(function: Any) -> Any:
+    """Compiles a function of int64 arguments once, called through its address.
+
+    numba would compile what it inlines again in every caller: seconds for a chain of kernels.
+    """
+    count = function.__code__.co_argcount
+    signature = types.void(*[types.int64] * count)
+    compiled_once = cfunc(signature, nopython=True, error_model="numpy")(function)
+    pointer = compiled_once.ctypes
+    pointer.compiled = compiled_once  # the code must live as long as its address
+    return pointer
+
+
+@njit(nogil=True, error_model="numpy", parallel=True)
+def _launch(kernel: int, call: int, threads: int) -> None:
+    for thread in prange(threads):
+        call_at(kernel, call, thread)
+
+
+def launch(kernel: Any, fields: tuple[int, ...], threads: int) -> None:
+    """Runs kernel(call, thread), a procedure, on so many threads at once.
+
+    Args:
+        kernel: reads its fields at `call + AT.name`, as `offsets` says.
+        fields: addresses and sizes.
+        threads: 1 runs here, without waking any other.
+    """
+    call = np.array(fields, dtype=np.int64)
+    if threads == 1:
+        kernel(call.ctypes.data, 0)
+    else:
+        _launch(kernel.compiled.address, call.ctypes.data, threads)
+
+
+def offsets(kind: Any) -> Any:
+    """A NamedTuple of this kind with the byte offset of each of its fields."""
+    return kind(*range(0, 8 * len(kind._fields), 8))
+
+
+def float_bits(number: float) -> int:
+    """The bits of a float32, for `load_float` at the offset of a field."""
+    return int(np.float32(number).view(np.int32))
 
 
 @dataclass(frozen=True)
@@ -122,7 +167,7 @@ def make_passes(shape: Shape, rows: int) -> Passes:
             capped = np.float32(softcap * LOG2_E) * np.tanh(raw / np.float32(softcap))
             store_float(place + 4 * i, np.float32(capped))
 
-    @compiled
+    @procedure
     def begin(work: int, position: int, key: int, value: int) -> None:
         first = position * groups
         dots_open(work + at.query + first * key_dim * 4, key or work, work + at.top + first * 4, 4)
@@ -160,7 +205,7 @@ def make_passes(shape: Shape, rows: int) -> Passes:
         within = strip % per_page
         return page + within * key_strip, page + key_bytes + within * value_strip
 
-    @compiled
+    @procedure
     def see_entries(work: int, pages: int, table: int, begin: int, end: int) -> None:
         scores = work + at.scores
         fewest = load_long(work + at.visible)
@@ -181,7 +226,7 @@ def make_passes(shape: Shape, rows: int) -> Passes:
                 real = min(LANES, most - (first + j) * LANES)
                 weigh(scores + j * 64, stride, values, real, work + at.sums, upcoming)
 
-    @compiled
+    @procedure
     def see_tokens(work: int, count: int, first: int, row: int, delay: int, valid: int) -> None:
         scores, lanes = work + at.scores, -(-count // LANES) * LANES
         for j in range(count):

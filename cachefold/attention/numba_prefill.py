@@ -13,7 +13,6 @@ import functools
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit, prange
 
 from cachefold.attention.numba_kernels import (
     BLOCK,
@@ -25,6 +24,8 @@ from cachefold.attention.numba_kernels import (
     load_long,
     make_passes,
     make_work,
+    offsets,
+    procedure,
     store_float,
     store_long,
 )
@@ -69,6 +70,11 @@ class Prefill(NamedTuple):
     columns: int
     delay: int
     threads: int
+    scaling: int
+    """Bits of the float32."""
+
+
+AT = offsets(Prefill)
 
 
 def positions_per_pass(shape: Shape) -> int:
@@ -78,7 +84,7 @@ def positions_per_pass(shape: Shape) -> int:
 
 @functools.cache
 def make_prefill(shape: Shape) -> Any:
-    """A numba function of (Prefill, scaling)."""
+    """A procedure of (fields of Prefill, thread)."""
     groups, key_dim, value_dim = shape.groups, shape.key_dim, shape.value_dim
     positions, size = positions_per_pass(shape), 2 if shape.half else 4
     rows = positions * groups
@@ -88,73 +94,100 @@ def make_prefill(shape: Shape) -> Any:
     widen, narrow = copies.widen, copies.narrow
 
     @compiled
-    def place(p: Prefill, head: int, row: int, first: int, dim: int) -> int:
+    def place(p: int, head: int, row: int, first: int, dim: int) -> int:
         """Where the numbers of a row are in (B, H, Q, dim), in bytes."""
         query_head = head * groups + row % groups
-        return (query_head * p.num_queries + first + row // groups) * dim * size
+        return (query_head * load_long(p + AT.num_queries) + first + row // groups) * dim * size
 
     @compiled
-    def ask(p: Prefill, scaling: float, work: int, head: int, first: int, count: int) -> None:
+    def ask(p: int, work: int, head: int, first: int, count: int) -> None:
         """Reads `count` positions from `first` on; what lacks to a whole pass sees nothing."""
-        scale = np.float32(scaling) * factor
+        scale = load_float(p + AT.scaling) * factor
         for row in range(count * groups):
             target = work + at.query + row * key_dim * 4
-            widen(p.query + place(p, head, row, first, key_dim), key_dim, target)
+            widen(load_long(p + AT.query) + place(p, head, row, first, key_dim), key_dim, target)
             for i in range(key_dim):
                 store_float(target + i * 4, load_float(target + i * 4) * scale)
         for i in range(count * groups * key_dim, rows * key_dim):
             store_float(work + at.query + i * 4, np.float32(0.0))
-        seen = p.visible + (head * p.num_queries + first) * 8
+        seen = load_long(p + AT.visible) + (head * load_long(p + AT.num_queries) + first) * 8
         for position in range(positions):
             # Those that lack count as the last, so that the counts never fall.
             here = load_long(seen + min(position, count - 1) * 8)
             store_long(work + at.visible + position * 8, here)
 
     @compiled
-    def open_entries(p: Prefill, work: int, head: int, first: int, count: int) -> None:
-        request = head // p.kv_heads
+    def open_entries(p: int, work: int, head: int, first: int, count: int) -> None:
+        request = head // load_long(p + AT.kv_heads)
         for position in range(positions):
-            here, key = head * p.num_queries + first + position, 0
+            here, key = head * load_long(p + AT.num_queries) + first + position, 0
             is_real = position < count
-            valid = p.open_valid + request * p.num_queries + first + position
+            valid = (
+                load_long(p + AT.open_valid)
+                + request * load_long(p + AT.num_queries)
+                + first
+                + position
+            )
             if is_real and load_byte(valid) != 0:
                 key = work + at.keys
-                widen(p.open_key + here * key_dim * size, key_dim, key)
-                widen(p.open_value + here * value_dim * size, value_dim, work + at.values)
+                widen(load_long(p + AT.open_key) + here * key_dim * size, key_dim, key)
+                widen(
+                    load_long(p + AT.open_value) + here * value_dim * size,
+                    value_dim,
+                    work + at.values,
+                )
             begin(work, position, key, work + at.values)
 
     @compiled
-    def see_exact(p: Prefill, work: int, head: int, first: int, count: int) -> None:
-        row = p.num_exact - p.num_queries + first
-        start, end = max(row - p.delay + 1, 0), row + count
-        valid = p.exact_valid + head // p.kv_heads * p.num_exact
-        for token in range(start if p.delay else end, end, BLOCK * LANES):
-            number, here = min(BLOCK * LANES, end - token), head * p.num_exact + token
-            widen(p.exact_key + here * key_dim * size, number * key_dim, work + at.keys)
-            widen(p.exact_value + here * value_dim * size, number * value_dim, work + at.values)
-            see_tokens(work, number, token, row, p.delay, valid)
+    def see_exact(p: int, work: int, head: int, first: int, count: int) -> None:
+        row = load_long(p + AT.num_exact) - load_long(p + AT.num_queries) + first
+        start, end = max(row - load_long(p + AT.delay) + 1, 0), row + count
+        valid = load_long(p + AT.exact_valid) + head // load_long(p + AT.kv_heads) * load_long(
+            p + AT.num_exact
+        )
+        for token in range(start if load_long(p + AT.delay) else end, end, BLOCK * LANES):
+            number, here = (
+                min(BLOCK * LANES, end - token),
+                head * load_long(p + AT.num_exact) + token,
+            )
+            widen(
+                load_long(p + AT.exact_key) + here * key_dim * size,
+                number * key_dim,
+                work + at.keys,
+            )
+            widen(
+                load_long(p + AT.exact_value) + here * value_dim * size,
+                number * value_dim,
+                work + at.values,
+            )
+            see_tokens(work, number, token, row, load_long(p + AT.delay), valid)
 
     @compiled
-    def attend_pass(p: Prefill, scaling: float, work: int, head: int, first: int) -> None:
-        count = min(positions, p.num_queries - first)
-        ask(p, scaling, work, head, first, count)
+    def attend_pass(p: int, work: int, head: int, first: int) -> None:
+        count = min(positions, load_long(p + AT.num_queries) - first)
+        ask(p, work, head, first, count)
         open_entries(p, work, head, first, count)
         see_exact(p, work, head, first, count)
         most = load_long(work + at.visible + (positions - 1) * 8)
-        see_entries(work, p.pages, p.table + head * p.columns * 4, 0, -(-most // LANES))
+        see_entries(
+            work,
+            load_long(p + AT.pages),
+            load_long(p + AT.table) + head * load_long(p + AT.columns) * 4,
+            0,
+            -(-most // LANES),
+        )
         for row in range(count * groups):
             sums, share = work + at.sums + row * value_dim * 4, inverse(work, row)
             for i in range(value_dim):
                 store_float(sums + i * 4, load_float(sums + i * 4) * share)
-            narrow(sums, value_dim, p.out + place(p, head, row, first, value_dim))
+            narrow(sums, value_dim, load_long(p + AT.out) + place(p, head, row, first, value_dim))
 
-    @njit(nogil=True, error_model="numpy", parallel=True)
-    def attend(p: Prefill, scaling: float) -> None:
-        per_head = -(-p.num_queries // positions)
-        for thread in prange(p.threads):
-            work = p.work + thread * p.work_nbytes
-            for task in range(thread, p.requests * p.kv_heads * per_head, p.threads):
-                first = task % per_head * positions
-                attend_pass(p, scaling, work, task // per_head, first)
+    @procedure
+    def attend(p: int, thread: int) -> None:
+        per_head = -(-load_long(p + AT.num_queries) // positions)
+        tasks = load_long(p + AT.requests) * load_long(p + AT.kv_heads) * per_head
+        work = load_long(p + AT.work) + thread * load_long(p + AT.work_nbytes)
+        for task in range(thread, tasks, load_long(p + AT.threads)):
+            attend_pass(p, work, task // per_head, task % per_head * positions)
 
     return attend

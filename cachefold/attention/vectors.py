@@ -253,10 +253,12 @@ def make_soften(rows: int, dim: int) -> Any:
     def emit(
         b: Builder, scores: Any, stride: Any, count: Any, top: Any, total: Any, sums: Any
     ) -> None:
-        for r in range(rows):
-            row = b.add(scores, b.mul(stride, _long(r)))
-            places = (b.add(top, _long(4 * r)), b.add(total, _long(64 * r)))
-            emit_row(b, row, count, *places, b.add(sums, _long(r * dim * 4)))
+        # A loop, not unrolled: rows share no registers here, and code takes time to compile.
+        with cgutils.for_range(b, _long(rows)) as loop:
+            r = loop.index
+            row = b.add(scores, b.mul(stride, r))
+            places = (b.add(top, b.mul(_long(4), r)), b.add(total, b.mul(_long(64), r)))
+            emit_row(b, row, count, *places, b.add(sums, b.mul(_long(dim * 4), r)))
 
     @intrinsic
     def soften(context, scores, stride, count, top, total, sums):  # type: ignore[no-untyped-def]
@@ -279,12 +281,11 @@ def make_dots(rows: int, dim: int) -> Any:
 
     def emit(b: Builder, query: Any, key: Any, out: Any, out_stride: Any) -> None:
         chunks = [_load(b, key, _FLOATS, offset) for offset in range(0, dim * 4, 64)]
-        for r in range(rows):
-            total = _const(0.0)
+        with cgutils.for_range(b, _long(rows)) as loop:
+            row, total = b.add(query, b.mul(loop.index, _long(dim * 4))), _const(0.0)
             for c, chunk in enumerate(chunks):
-                asked = _load(b, query, _FLOATS, r * dim * 4 + c * 64)
-                total = _fma(b, asked, chunk, total)
-            _store(b, _sum(b, total), b.add(out, b.mul(out_stride, _long(r))))
+                total = _fma(b, _load(b, row, _FLOATS, c * 64), chunk, total)
+            _store(b, _sum(b, total), b.add(out, b.mul(out_stride, loop.index)))
 
     @intrinsic
     def dots(context, query, key, out, out_stride):  # type: ignore[no-untyped-def]
@@ -455,3 +456,16 @@ def make_store(kind: str) -> Any:
         return types.void(types.int64, given), codegen
 
     return store
+
+
+@intrinsic
+def call_at(context, function, call, thread):  # type: ignore[no-untyped-def]
+    """Calls the procedure at an address with two int64."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        function, *rest = arguments
+        kind = ir.FunctionType(ir.VoidType(), [_LONG, _LONG])
+        builder.call(builder.inttoptr(function, kind.as_pointer()), rest)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
