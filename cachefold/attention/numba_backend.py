@@ -98,20 +98,22 @@ def _shape(call: PagedCall | StepCall, kv_heads: int) -> Any:
 
 def _decode(call: PagedCall) -> Tensor:
     """One query position, split over the threads."""
-    kv_heads = call.exact_key.shape[1]
+    kv_heads, tokens = call.exact_key.shape[1:3]
+    near = slice(max(tokens - call.delay, 0), tokens)
     return _attend_one(
-        _shape(call, kv_heads), call, call.table, call.visible.contiguous(),
+        _shape(call, kv_heads), call, call.table.contiguous(), call.visible.contiguous(),
         query=call.query.float().contiguous(), open_key=call.open_key.float().contiguous(),
         open_value=call.open_value.float().contiguous(), open_valid=call.open_valid.contiguous(),
-        exact_key=call.exact_key.float().contiguous(), exact_value=call.exact_value.contiguous(),
-        exact_valid=call.exact_valid.contiguous(), delay=call.delay,
+        exact_key=call.exact_key[:, :, near].float().contiguous(),
+        exact_value=call.exact_value[:, :, near].contiguous(),
+        exact_valid=call.exact_valid[:, near].contiguous(),
     )  # fmt: skip
 
 
 def _attend_one(
     shape: Any, call: PagedCall | StepCall, table: Tensor, visible: Tensor, *, query: Tensor,
     open_key: Tensor, open_value: Tensor, open_valid: Tensor, exact_key: Tensor,
-    exact_value: Tensor, exact_valid: Tensor, delay: int,
+    exact_value: Tensor, exact_valid: Tensor,
 ) -> Tensor:  # fmt: skip
     """Runs the decode kernel; queries, open entries and exact keys in float32, all contiguous."""
     from cachefold.attention.numba_decode import Decode, make_decode
@@ -131,7 +133,7 @@ def _attend_one(
         visible=visible.data_ptr(), pages=call.pages.data_ptr(), table=table.data_ptr(),
         work=scratch.data_ptr(), work_nbytes=nbytes, parts=scratch.data_ptr() + threads * nbytes,
         out=out.data_ptr(), requests=batch, kv_heads=kv_heads,
-        num_exact=exact_valid.shape[1] if delay else 0, columns=columns, threads=threads,
+        num_exact=exact_valid.shape[1], columns=columns, threads=threads,
         scaling=float_bits(call.scaling),
     )  # fmt: skip
     attend_share, join = make_decode(shape)
@@ -207,5 +209,5 @@ def _step(call: StepCall) -> Tensor:
     return _attend_one(
         shape, call, call.table, call.lengths, query=rotated_query, open_key=rotated_open,
         open_value=call.tail.value, open_valid=call.tail.valid, exact_key=rotated_ring,
-        exact_value=call.ring.value, exact_valid=call.ring.valid, delay=delay,
+        exact_value=call.ring.value, exact_valid=call.ring.valid,
     )  # fmt: skip

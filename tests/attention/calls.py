@@ -1,0 +1,158 @@
+"""Random calls in the middle of a text, for the tests of every backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+from cachefold.attention.call import PagedCall, StepCall
+from cachefold.core.pages import key_view, value_view
+from cachefold.core.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class Case:
+    batch: int = 2
+    kv_heads: int = 2
+    groups: int = 3
+    dim: int = 64
+    value_dim: int = 64
+    rotary_dim: int = 64
+    delay: int = 16
+    page_size: int = 16
+    columns: int = 3
+    """Of the block table."""
+    softcap: float | None = None
+    factors: bool = False
+    queries: int = 1
+
+
+class Draw:
+    """Random tensors on the device."""
+
+    def __init__(self, seed, device):
+        self.device = device
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape, dtype=torch.float32):
+        return torch.randn(*shape, generator=self.generator).to(self.device, dtype)
+
+    def below(self, high, *shape):
+        return torch.randint(0, high, shape, generator=self.generator).to(self.device)
+
+    def chance(self, share, *shape):
+        return (torch.rand(*shape, generator=self.generator) < share).to(self.device)
+
+    def tokens(self, case, count, dtype, mean_dtype=None):
+        batch, heads = case.batch, case.kv_heads
+        angle = self.normal(batch, count, case.rotary_dim)
+        return Tokens(
+            key=self.normal(batch, heads, count, case.dim, dtype=mean_dtype or dtype),
+            value=self.normal(batch, heads, count, case.value_dim, dtype=mean_dtype or dtype),
+            cos=angle.cos().to(dtype),
+            sin=angle.sin().to(dtype),
+            alpha=self.chance(0.5, batch, heads, count).float(),
+            omega=self.normal(batch, heads, count).sigmoid() + 0.1,
+            valid=self.chance(0.8, batch, count),
+        )
+
+    def pages(self, case, lengths, dtype):
+        """Pages and table in no order; NaN in every slot that holds no entry."""
+        heads, size = case.batch * case.kv_heads, case.page_size
+        count = heads * case.columns + 2
+        pages = torch.full((count, size * (case.dim + case.value_dim)), torch.nan, dtype=dtype)
+        order = torch.randperm(count, generator=self.generator)
+        table = order[: heads * case.columns].view(heads, case.columns).int()
+        key, value = key_view(pages, size, case.dim), value_view(pages, size, case.dim)
+        for head, length in enumerate(lengths.flatten().tolist()):
+            for slot in range(length):
+                page = table[head, slot // size]
+                key[page, :, slot % size] = self.normal(case.dim, dtype=dtype).cpu()
+                value[page, slot % size] = self.normal(case.value_dim, dtype=dtype).cpu()
+            # The next entry may need one page more, no other page is there.
+            table[head, length // size + 1 :] = -1
+        return pages.to(self.device), table.view(case.batch, case.kv_heads, case.columns).to(
+            self.device
+        )
+
+
+def step_call(case, dtype, seed=0, device="cpu"):
+    """A state in the middle of a text: ragged heads, one of them empty, one with its last slot."""
+    draw = Draw(seed, device)
+    capacity = case.columns * case.page_size
+    lengths = draw.below(max(capacity, 1), case.batch, case.kv_heads)
+    lengths.view(-1)[0], lengths.view(-1)[-1] = 0, max(capacity - 1, 0)
+    tail = draw.tokens(case, 1, dtype, torch.float32)
+    tail.valid[0] = case.columns > 0
+    if not case.columns:
+        tail.valid.zero_()
+    pages, table = draw.pages(case, lengths, dtype)
+    return StepCall(
+        query=draw.normal(case.batch, case.kv_heads * case.groups, 1, case.dim, dtype=dtype),
+        new=draw.tokens(case, 1, dtype),
+        ring=draw.tokens(case, case.delay, dtype),
+        turn=draw.below(max(case.delay, 1)),
+        tail=tail,
+        pages=pages,
+        page_size=case.page_size,
+        table=table,
+        lengths=lengths,
+        scaling=case.dim**-0.5,
+        softcap=case.softcap,
+        factors=draw.normal(case.dim, dtype=dtype) if case.factors else None,
+    )
+
+
+def paged_call(case, dtype, seed=0, device="cpu"):
+    """New tokens after a cache: queries see more and more entries, some open entries miss."""
+    draw = Draw(seed, device)
+    batch, heads, queries = case.batch, case.kv_heads, case.queries
+    capacity = case.columns * case.page_size
+    visible = draw.below(capacity + 1, batch, heads, queries).sort(-1).values
+    visible[0, 0] = 0
+    pages, table = draw.pages(case, visible[..., -1], dtype)
+    tokens = queries + draw.below(case.delay + 1).item()
+
+    def normal(*shape):
+        return draw.normal(batch, *shape, dtype=dtype)
+
+    return PagedCall(
+        query=normal(heads * case.groups, queries, case.dim),
+        pages=pages,
+        page_size=case.page_size,
+        table=table,
+        visible=visible,
+        open_key=normal(heads, queries, case.dim),
+        open_value=normal(heads, queries, case.value_dim),
+        open_valid=draw.chance(0.7, batch, queries),
+        exact_key=normal(heads, tokens, case.dim),
+        exact_value=normal(heads, tokens, case.value_dim),
+        exact_valid=draw.chance(0.8, batch, tokens),
+        delay=case.delay,
+        scaling=case.dim**-0.5,
+        softcap=case.softcap,
+    )
+
+
+def wide(call):
+    """The same call in float64; integers, flags and decisions as they are, tensors copied."""
+
+    def convert(value):
+        if isinstance(value, Tokens):
+            return Tokens(*(convert(tensor) for tensor in value.tensors()))
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.double() if value.is_floating_point() else value.clone()
+
+    return replace(call, **{f.name: convert(getattr(call, f.name)) for f in fields(call)})
+
+
+def state(call):
+    """What a step changes in place, by name."""
+    runs = {
+        f"{run}.{field.name}": getattr(getattr(call, run), field.name)
+        for run in ("ring", "tail")
+        for field in fields(Tokens)
+    }
+    return runs | {"turn": call.turn, "pages": call.pages, "lengths": call.lengths}
