@@ -102,20 +102,20 @@ def _decode(call: PagedCall) -> Tensor:
     near = slice(max(tokens - call.delay, 0), tokens)
     return _attend_one(
         _shape(call, kv_heads), call, call.table.contiguous(), call.visible.contiguous(),
-        query=call.query.float().contiguous(), open_key=call.open_key.float().contiguous(),
-        open_value=call.open_value.float().contiguous(), open_valid=call.open_valid.contiguous(),
-        exact_key=call.exact_key[:, :, near].float().contiguous(),
+        query=call.query.contiguous(), open_key=call.open_key.contiguous(),
+        open_value=call.open_value.contiguous(), open_valid=call.open_valid.contiguous(),
+        exact_key=call.exact_key[:, :, near].contiguous(),
         exact_value=call.exact_value[:, :, near].contiguous(),
-        exact_valid=call.exact_valid[:, near].contiguous(),
+        exact_valid=call.exact_valid[:, near].contiguous(), wide=call.pages.dtype == torch.float32,
     )  # fmt: skip
 
 
 def _attend_one(
     shape: Any, call: PagedCall | StepCall, table: Tensor, visible: Tensor, *, query: Tensor,
     open_key: Tensor, open_value: Tensor, open_valid: Tensor, exact_key: Tensor,
-    exact_value: Tensor, exact_valid: Tensor,
+    exact_value: Tensor, exact_valid: Tensor, wide: bool,
 ) -> Tensor:  # fmt: skip
-    """Runs the decode kernel; queries, open entries and exact keys in float32, all contiguous."""
+    """Runs the decode kernel; all contiguous; `wide` as in `make_decode`."""
     from cachefold.attention.numba_decode import Decode, make_decode
     from cachefold.attention.numba_kernels import float_bits, launch, work_nbytes
 
@@ -136,7 +136,7 @@ def _attend_one(
         num_exact=exact_valid.shape[1], columns=columns, threads=threads,
         scaling=float_bits(call.scaling),
     )  # fmt: skip
-    attend_share, join = make_decode(shape)
+    attend_share, join = make_decode(shape, wide)
     launch(attend_share, fields, threads)
     launch(join, fields, 1)
     return out
@@ -209,5 +209,5 @@ def _step(call: StepCall) -> Tensor:
     return _attend_one(
         shape, call, call.table, call.lengths, query=rotated_query, open_key=rotated_open,
         open_value=call.tail.value, open_valid=call.tail.valid, exact_key=rotated_ring,
-        exact_value=call.ring.value, exact_valid=call.ring.valid,
+        exact_value=call.ring.value, exact_valid=call.ring.valid, wide=True,
     )  # fmt: skip

@@ -19,6 +19,7 @@ from cachefold.attention.numba_kernels import (
     LOG2_E,
     Shape,
     compiled,
+    item,
     load_byte,
     load_float,
     load_long,
@@ -29,25 +30,25 @@ from cachefold.attention.numba_kernels import (
     store_float,
     store_long,
 )
-from cachefold.attention.vectors import LANES, make_copies
+from cachefold.attention.vectors import HIDDEN, LANES, make_copies
 
 OWN = 2
 """Work of a head besides its entries (ring, open entry), in strips."""
 
 
 class Decode(NamedTuple):
-    """Addresses, then sizes. Queries and keys are rotated."""
+    """Addresses, then sizes. Queries and keys are rotated, float32 or of the model."""
 
     query: int
-    """(B, H, D) float32"""
+    """(B, H, D)"""
     open_key: int
-    """(B, K, D) float32"""
+    """(B, K, D)"""
     open_value: int
-    """(B, K, Dv) float32"""
+    """(B, K, Dv)"""
     open_valid: int
     """(B,) bool"""
     exact_key: int
-    """(B, K, N, D) float32"""
+    """(B, K, N, D)"""
     exact_value: int
     """(B, K, N, Dv) of the model"""
     exact_valid: int
@@ -78,76 +79,89 @@ AT = offsets(Decode)
 
 
 @functools.cache
-def make_decode(shape: Shape) -> tuple[Any, Any]:
-    """Two procedures of (fields of Decode, thread): each thread its share, then one joins."""
+def make_decode(shape: Shape, wide: bool) -> tuple[Any, Any]:
+    """Two procedures of (fields of Decode, thread): each thread its share, then one joins.
+
+    Args:
+        shape: of the kernels.
+        wide: queries, open entries and exact keys are float32; else all is of the model.
+    """
     groups, key_dim, value_dim = shape.groups, shape.key_dim, shape.value_dim
-    size, at, part_size = 2 if shape.half else 4, make_work(shape, groups), value_dim + 2
+    size, at = 2 if shape.half else 4, make_work(shape, groups)
+    part_bytes = (value_dim + 2) * 4
     factor = np.float32(1.0 if shape.softcap else LOG2_E)
     begin, see_entries, see_tokens, _ = make_passes(shape, groups)
     plain, copies = make_copies(False), make_copies(shape.half)
     copy, widen, narrow = plain.widen, copies.widen, copies.narrow
+    read, read_size = (copy, 4) if wide else (widen, size)
 
     @compiled
     def extent(d: int, head: int) -> int:
-        return OWN + -(-load_long(load_long(d + AT.visible) + head * 8) // LANES)
+        return OWN + -(-load_long(item(d, AT.visible, head * 8)) // LANES)
+
+    @compiled
+    def whole_extent(d: int) -> int:
+        whole = 0
+        for head in range(load_long(d + AT.requests) * load_long(d + AT.kv_heads)):
+            whole += extent(d, head)
+        return whole
+
+    @compiled
+    def ask(d: int, work: int, head: int) -> None:
+        query, scale = work + at.query, load_float(d + AT.scaling) * factor
+        place = head * groups * key_dim * read_size
+        read(item(d, AT.query, place), groups * key_dim, query)
+        for i in range(groups * key_dim):
+            store_float(query + i * 4, load_float(query + i * 4) * scale)
+        store_long(work + at.visible, load_long(item(d, AT.visible, head * 8)))
+
+    @compiled
+    def see_open(d: int, work: int, head: int) -> None:
+        """The open entry, which opens the softmax as well; nothing of it if there is none."""
+        key, request = 0, head // load_long(d + AT.kv_heads)
+        if load_byte(item(d, AT.open_valid, request)) != 0:
+            key = work + at.keys
+            read(item(d, AT.open_key, head * key_dim * read_size), key_dim, key)
+            value = item(d, AT.open_value, head * value_dim * read_size)
+            read(value, value_dim, work + at.values)
+        begin(work, 0, key, work + at.values)
 
     @compiled
     def see_exact(d: int, work: int, head: int) -> None:
-        valid = load_long(d + AT.exact_valid) + head // load_long(d + AT.kv_heads) * load_long(
-            d + AT.num_exact
-        )
-        for first in range(0, load_long(d + AT.num_exact), BLOCK * LANES):
-            count, place = (
-                min(BLOCK * LANES, load_long(d + AT.num_exact) - first),
-                head * load_long(d + AT.num_exact) + first,
-            )
-            copy(load_long(d + AT.exact_key) + place * key_dim * 4, count * key_dim, work + at.keys)
-            widen(
-                load_long(d + AT.exact_value) + place * value_dim * size,
-                count * value_dim,
-                work + at.values,
-            )
-            see_tokens(
-                work,
-                count,
-                first,
-                load_long(d + AT.num_exact) - 1,
-                load_long(d + AT.num_exact),
-                valid,
-            )
+        total, request = load_long(d + AT.num_exact), head // load_long(d + AT.kv_heads)
+        valid = item(d, AT.exact_valid, request * total)
+        for first in range(0, total, BLOCK * LANES):
+            count, place = min(BLOCK * LANES, total - first), head * total + first
+            keys = item(d, AT.exact_key, place * key_dim * read_size)
+            values = item(d, AT.exact_value, place * value_dim * size)
+            read(keys, count * key_dim, work + at.keys)
+            widen(values, count * value_dim, work + at.values)
+            see_tokens(work, count, first, total - 1, total, valid)
 
     @procedure
     def attend_head(d: int, work: int, head: int, low: int, high: int) -> None:
         """Does [low, high) of the extent of a head."""
-        scale = load_float(d + AT.scaling) * factor
-        for i in range(groups * key_dim):
-            asked = load_float(load_long(d + AT.query) + (head * groups * key_dim + i) * 4)
-            store_float(work + at.query + i * 4, asked * scale)
-        store_long(work + at.visible, load_long(load_long(d + AT.visible) + head * 8))
-        is_open = (
-            low == 0
-            and load_byte(load_long(d + AT.open_valid) + head // load_long(d + AT.kv_heads)) != 0
-        )
-        key = load_long(d + AT.open_key) + head * key_dim * 4 if is_open else 0
-        begin(work, 0, key, load_long(d + AT.open_value) + head * value_dim * 4)
+        ask(d, work, head)
         if low == 0:
+            see_open(d, work, head)
             see_exact(d, work, head)
+        else:
+            begin(work, 0, 0, work)
+        table = item(d, AT.table, head * load_long(d + AT.columns) * 4)
         first, last = max(low - OWN, 0), max(high - OWN, 0)
-        see_entries(
-            work,
-            load_long(d + AT.pages),
-            load_long(d + AT.table) + head * load_long(d + AT.columns) * 4,
-            first,
-            last,
-        )
+        see_entries(work, load_long(d + AT.pages), table, first, last)
+
+    @compiled
+    def part_of(d: int, thread: int, row: int) -> int:
+        """Where a thread puts what it found for a query head."""
+        rows = load_long(d + AT.requests) * load_long(d + AT.kv_heads) * groups
+        return item(d, AT.parts, (thread * rows + row) * part_bytes)
 
     @compiled
     def keep(d: int, work: int, head: int, thread: int) -> None:
         """Puts what a thread found of a head to its parts."""
-        heads = load_long(d + AT.requests) * load_long(d + AT.kv_heads)
         for g in range(groups):
-            part = load_long(d + AT.parts) + ((thread * heads + head) * groups + g) * part_size * 4
-            total = np.float32(0.0)
+            part, total = part_of(d, thread, head * groups + g), np.float32(0.0)
             for lane in range(LANES):
                 total += load_float(work + at.total + (g * LANES + lane) * 4)
             store_float(part, load_float(work + at.top + g * 4))
@@ -156,15 +170,10 @@ def make_decode(shape: Shape) -> tuple[Any, Any]:
 
     @procedure
     def attend_share(d: int, thread: int) -> None:
-        heads, whole = load_long(d + AT.requests) * load_long(d + AT.kv_heads), 0
-        for head in range(heads):
-            whole += extent(d, head)
-        low, high = (
-            thread * whole // load_long(d + AT.threads),
-            (thread + 1) * whole // load_long(d + AT.threads),
-        )
-        work, start = load_long(d + AT.work) + thread * load_long(d + AT.work_nbytes), 0
-        for head in range(heads):
+        whole, threads = whole_extent(d), load_long(d + AT.threads)
+        low, high = thread * whole // threads, (thread + 1) * whole // threads
+        work, start = item(d, AT.work, thread * load_long(d + AT.work_nbytes)), 0
+        for head in range(load_long(d + AT.requests) * load_long(d + AT.kv_heads)):
             here = extent(d, head)
             first, last = max(low - start, 0), min(high - start, here)
             if first < last:
@@ -172,48 +181,39 @@ def make_decode(shape: Shape) -> tuple[Any, Any]:
                 keep(d, work, head, thread)
             start += here
 
-    @procedure
-    def join_head(d: int, head: int, low: int, high: int) -> None:
-        """Joins the parts of a head by the threads [low, high)."""
-        heads, work = (
-            load_long(d + AT.requests) * load_long(d + AT.kv_heads),
-            load_long(d + AT.work),
-        )
-        for g in range(groups):
-            first = load_long(d + AT.parts) + (head * groups + g) * part_size * 4
-            step = heads * groups * part_size * 4
-            top = load_float(first + low * step)
-            for thread in range(low + 1, high):
-                top = max(top, load_float(first + thread * step))
-            total = np.float32(0.0)
-            for thread in range(low, high):
-                part = first + thread * step
-                share = np.exp2(max(load_float(part) - top, np.float32(-126.0)))
-                total += share * load_float(part + 4)
-                for i in range(value_dim):
-                    sofar = load_float(work + i * 4) if thread > low else np.float32(0.0)
-                    store_float(work + i * 4, sofar + share * load_float(part + 8 + i * 4))
-            inverse = np.float32(1.0) / total if total > 0 else np.float32(0.0)
+    @compiled
+    def join_row(d: int, row: int, low: int, high: int) -> None:
+        """Joins the parts of a query head by the threads [low, high)."""
+        sums, top, total = load_long(d + AT.work), np.float32(HIDDEN), np.float32(0.0)
+        for thread in range(low, high):
+            top = max(top, load_float(part_of(d, thread, row)))
+        for i in range(value_dim):
+            store_float(sums + i * 4, np.float32(0.0))
+        for thread in range(low, high):
+            part = part_of(d, thread, row)
+            share = np.exp2(max(load_float(part) - top, np.float32(-126.0)))
+            total += share * load_float(part + 4)
             for i in range(value_dim):
-                store_float(work + i * 4, load_float(work + i * 4) * inverse)
-            narrow(work, value_dim, load_long(d + AT.out) + (head * groups + g) * value_dim * size)
+                found = share * load_float(part + 8 + i * 4)
+                store_float(sums + i * 4, load_float(sums + i * 4) + found)
+        inverse = np.float32(1.0) / total if total > 0 else np.float32(0.0)
+        for i in range(value_dim):
+            store_float(sums + i * 4, load_float(sums + i * 4) * inverse)
+        narrow(sums, value_dim, item(d, AT.out, row * value_dim * size))
 
     @procedure
     def join(d: int, _: int) -> None:
-        heads, whole, start = load_long(d + AT.requests) * load_long(d + AT.kv_heads), 0, 0
-        for head in range(heads):
-            whole += extent(d, head)
-        low = 0
-        for head in range(heads):
+        whole, threads = whole_extent(d), load_long(d + AT.threads)
+        low, start = 0, 0
+        for head in range(load_long(d + AT.requests) * load_long(d + AT.kv_heads)):
             end = start + extent(d, head)
-            while (low + 1) * whole // load_long(d + AT.threads) <= start:
+            while (low + 1) * whole // threads <= start:
                 low += 1
-            high = low
-            while (
-                high < load_long(d + AT.threads) and high * whole // load_long(d + AT.threads) < end
-            ):
+            high = low + 1
+            while high < threads and high * whole // threads < end:
                 high += 1
-            join_head(d, head, low, high)
+            for g in range(groups):
+                join_row(d, head * groups + g, low, high)
             start = end
 
     return attend_share, join

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from cachefold.attention.numba_kernels import (
     Shape,
     compiled,
+    item,
     load_byte,
     load_float,
     load_int,
@@ -97,11 +98,6 @@ def make_fold(shape: Shape, rotary: int, kv_heads: int, delay: int) -> Any:
     rotate = make_rotate(key_dim, rotary, shape.half, shape.half)
     rotate_wide = make_rotate(key_dim, rotary, shape.half, False)
     blend = make_blend(shape.half)
-
-    @compiled
-    def item(f: int, field: int, place: int) -> int:
-        """Address of the item at `place`, in bytes, of a tensor."""
-        return load_long(f + field) + place
 
     @compiled
     def scratch_of(f: int, request: int) -> int:

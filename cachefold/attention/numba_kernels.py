@@ -73,6 +73,12 @@ def launch(kernel: Any, fields: tuple[int, ...], threads: int) -> None:
         _launch(kernel.compiled.address, call.ctypes.data, threads)
 
 
+@compiled
+def item(call: int, field: int, place: int) -> int:
+    """Address of what lies `place` bytes into the tensor of a field."""
+    return load_long(call + field) + place
+
+
 def offsets(kind: Any) -> Any:
     """A NamedTuple of this kind with the byte offset of each of its fields."""
     return kind(*range(0, 8 * len(kind._fields), 8))

@@ -1,7 +1,6 @@
-"""Prefill attention on the CPU: tiles of query positions over the pages, cost Q x S, memory O(Q).
+"""Prefill attention on the CPU: passes of a few query positions over the pages.
 
-Threads take tiles in turn, because later tiles see more. A tile widens its exact tokens once and
-goes over the entries in passes of as many rows as registers can sum.
+Cost Q x S, memory O(Q). Threads take passes in turn, because later ones see more.
 
 Legend: B requests, K kv heads, H query heads, G query heads per kv head, D key dim, Dv value dim,
 Q queries, N exact tokens, C columns of the block table, w delay.
@@ -19,6 +18,7 @@ from cachefold.attention.numba_kernels import (
     LOG2_E,
     Shape,
     compiled,
+    item,
     load_byte,
     load_float,
     load_long,
@@ -102,15 +102,14 @@ def make_prefill(shape: Shape) -> Any:
     @compiled
     def ask(p: int, work: int, head: int, first: int, count: int) -> None:
         """Reads `count` positions from `first` on; what lacks to a whole pass sees nothing."""
-        scale = load_float(p + AT.scaling) * factor
+        query, scale = work + at.query, load_float(p + AT.scaling) * factor
         for row in range(count * groups):
-            target = work + at.query + row * key_dim * 4
-            widen(load_long(p + AT.query) + place(p, head, row, first, key_dim), key_dim, target)
-            for i in range(key_dim):
-                store_float(target + i * 4, load_float(target + i * 4) * scale)
-        for i in range(count * groups * key_dim, rows * key_dim):
-            store_float(work + at.query + i * 4, np.float32(0.0))
-        seen = load_long(p + AT.visible) + (head * load_long(p + AT.num_queries) + first) * 8
+            source = item(p, AT.query, place(p, head, row, first, key_dim))
+            widen(source, key_dim, query + row * key_dim * 4)
+        for i in range(rows * key_dim):
+            asked = load_float(query + i * 4) * scale
+            store_float(query + i * 4, asked if i < count * groups * key_dim else np.float32(0.0))
+        seen = item(p, AT.visible, (head * load_long(p + AT.num_queries) + first) * 8)
         for position in range(positions):
             # Those that lack count as the last, so that the counts never fall.
             here = load_long(seen + min(position, count - 1) * 8)
@@ -118,49 +117,30 @@ def make_prefill(shape: Shape) -> Any:
 
     @compiled
     def open_entries(p: int, work: int, head: int, first: int, count: int) -> None:
-        request = head // load_long(p + AT.kv_heads)
+        total, request = load_long(p + AT.num_queries), head // load_long(p + AT.kv_heads)
         for position in range(positions):
-            here, key = head * load_long(p + AT.num_queries) + first + position, 0
-            is_real = position < count
-            valid = (
-                load_long(p + AT.open_valid)
-                + request * load_long(p + AT.num_queries)
-                + first
-                + position
-            )
-            if is_real and load_byte(valid) != 0:
+            here, key = head * total + first + position, 0
+            valid = item(p, AT.open_valid, request * total + first + position)
+            if position < count and load_byte(valid) != 0:
                 key = work + at.keys
-                widen(load_long(p + AT.open_key) + here * key_dim * size, key_dim, key)
-                widen(
-                    load_long(p + AT.open_value) + here * value_dim * size,
-                    value_dim,
-                    work + at.values,
-                )
+                widen(item(p, AT.open_key, here * key_dim * size), key_dim, key)
+                value = item(p, AT.open_value, here * value_dim * size)
+                widen(value, value_dim, work + at.values)
             begin(work, position, key, work + at.values)
 
     @compiled
     def see_exact(p: int, work: int, head: int, first: int, count: int) -> None:
-        row = load_long(p + AT.num_exact) - load_long(p + AT.num_queries) + first
-        start, end = max(row - load_long(p + AT.delay) + 1, 0), row + count
-        valid = load_long(p + AT.exact_valid) + head // load_long(p + AT.kv_heads) * load_long(
-            p + AT.num_exact
-        )
-        for token in range(start if load_long(p + AT.delay) else end, end, BLOCK * LANES):
-            number, here = (
-                min(BLOCK * LANES, end - token),
-                head * load_long(p + AT.num_exact) + token,
-            )
-            widen(
-                load_long(p + AT.exact_key) + here * key_dim * size,
-                number * key_dim,
-                work + at.keys,
-            )
-            widen(
-                load_long(p + AT.exact_value) + here * value_dim * size,
-                number * value_dim,
-                work + at.values,
-            )
-            see_tokens(work, number, token, row, load_long(p + AT.delay), valid)
+        total, delay = load_long(p + AT.num_exact), load_long(p + AT.delay)
+        row = total - load_long(p + AT.num_queries) + first
+        start, end = max(row - delay + 1, 0), row + count
+        valid = item(p, AT.exact_valid, head // load_long(p + AT.kv_heads) * total)
+        for token in range(start if delay else end, end, BLOCK * LANES):
+            number, here = min(BLOCK * LANES, end - token), head * total + token
+            keys = item(p, AT.exact_key, here * key_dim * size)
+            values = item(p, AT.exact_value, here * value_dim * size)
+            widen(keys, number * key_dim, work + at.keys)
+            widen(values, number * value_dim, work + at.values)
+            see_tokens(work, number, token, row, delay, valid)
 
     @compiled
     def attend_pass(p: int, work: int, head: int, first: int) -> None:
@@ -169,24 +149,19 @@ def make_prefill(shape: Shape) -> Any:
         open_entries(p, work, head, first, count)
         see_exact(p, work, head, first, count)
         most = load_long(work + at.visible + (positions - 1) * 8)
-        see_entries(
-            work,
-            load_long(p + AT.pages),
-            load_long(p + AT.table) + head * load_long(p + AT.columns) * 4,
-            0,
-            -(-most // LANES),
-        )
+        table = item(p, AT.table, head * load_long(p + AT.columns) * 4)
+        see_entries(work, load_long(p + AT.pages), table, 0, -(-most // LANES))
         for row in range(count * groups):
             sums, share = work + at.sums + row * value_dim * 4, inverse(work, row)
             for i in range(value_dim):
                 store_float(sums + i * 4, load_float(sums + i * 4) * share)
-            narrow(sums, value_dim, load_long(p + AT.out) + place(p, head, row, first, value_dim))
+            narrow(sums, value_dim, item(p, AT.out, place(p, head, row, first, value_dim)))
 
     @procedure
     def attend(p: int, thread: int) -> None:
         per_head = -(-load_long(p + AT.num_queries) // positions)
         tasks = load_long(p + AT.requests) * load_long(p + AT.kv_heads) * per_head
-        work = load_long(p + AT.work) + thread * load_long(p + AT.work_nbytes)
+        work = item(p, AT.work, thread * load_long(p + AT.work_nbytes))
         for task in range(thread, tasks, load_long(p + AT.threads)):
             attend_pass(p, work, task // per_head, task % per_head * positions)
 
