@@ -11,6 +11,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
+from cachefold.attention import blocked
 from cachefold.attention.call import (
     HIDDEN,
     PagedCall,
@@ -212,7 +213,7 @@ def _close(call: StepCall, closes: Tensor) -> None:
     batch, head = closes.nonzero(as_tuple=True)
     tail, size = call.tail, call.page_size
     key = tail.key[batch, head].to(call.new.key.dtype)
-    key = rotate(key[:, None], tail.cos[batch], tail.sin[batch])[:, 0]
+    key = rotate(key[:, None], tail.cos[batch], tail.sin[batch])[:, 0, 0]
     slot = call.lengths[batch, head]
     page, row = call.table[batch, head, slot // size].long(), slot % size
     dim = key.shape[-1]
@@ -221,3 +222,36 @@ def _close(call: StepCall, closes: Tensor) -> None:
     value = tail.value[batch, head, 0].to(call.pages.dtype)
     value_view(call.pages, size, dim)[page, row] = value
     call.lengths.add_(closes)
+
+
+class PlainTorch:
+    """Plain torch for every call on any device; what has no faster backend comes here.
+
+    >>> BACKEND.available()
+    (True, '')
+    """
+
+    name = "reference"
+
+    def available(self) -> tuple[bool, str]:
+        """Everywhere."""
+        return True, ""
+
+    def supports(self, call: ParallelCall | PagedCall | StepCall) -> tuple[bool, str]:
+        """Every call."""
+        return True, ""
+
+    def parallel(self, call: ParallelCall) -> Tensor:
+        """As `parallel` of this module, in blocks of rows that need less memory; differentiable."""
+        return blocked.parallel(call)
+
+    def attend(self, call: PagedCall) -> Tensor:
+        """As `attend` of this module."""
+        return attend(call)
+
+    def step(self, call: StepCall) -> Tensor:
+        """As `step` of this module."""
+        return step(call)
+
+
+BACKEND = PlainTorch()

@@ -30,8 +30,9 @@ class Mark(NamedTuple):
 class PagedEntries:
     """The closed entries of every (request, kv head) of a layer, in pages of one pool.
 
-    A page belongs to one (request, head). Tensors are replaced, never changed in place, except
-    for free slots of the pool.
+    A page belongs to one (request, head). The table may list pages ahead of the entries. Tensors
+    are replaced, never changed in place, but for free slots of the pool and, by a step of
+    attention, `lengths`.
 
     Args:
         batch: B.
@@ -64,7 +65,7 @@ class PagedEntries:
             spare_nbytes: see `PagePool.take`.
         """
         lengths = self.lengths + new.sum(-1)
-        self._cover(lengths, spare_nbytes)
+        self.cover(lengths, spare_nbytes)
         batch, head, _ = new.nonzero(as_tuple=True)
         slot = (self.lengths[..., None] + new.cumsum(-1) - 1)[new]
         size = self.pool.page_size
@@ -73,9 +74,15 @@ class PagedEntries:
         self.pool.values[page, row] = value.to(self.pool.data.dtype)
         self.lengths = lengths
 
-    def _cover(self, lengths: Tensor, spare_nbytes: int | None) -> None:
-        """Takes the pages that `lengths` (B, K) needs beyond those of now."""
-        held, needed = self._pages(self.lengths), self._pages(lengths)
+    def cover(self, lengths: Tensor, spare_nbytes: int | None = None) -> None:
+        """Makes sure that there are pages for that many entries of each head.
+
+        Args:
+            lengths: (B, K) int64.
+            spare_nbytes: see `PagePool.take`.
+        """
+        held = self._held()
+        needed = torch.maximum(held, self._pages(lengths))
         count = int((needed - held).sum())
         if not count:
             return
@@ -85,6 +92,10 @@ class PagedEntries:
         fresh = (column >= held[..., None]) & (column < needed[..., None])
         table[fresh] = self.pool.take(count, spare_nbytes)
         self.table = table
+
+    def _held(self) -> Tensor:
+        """(B, K) int64, pages that the table lists."""
+        return (self.table >= 0).sum(-1)
 
     def _pages(self, lengths: Tensor) -> Tensor:
         """Pages for that many entries, any shape."""
@@ -112,8 +123,10 @@ class PagedEntries:
         # What can fail, for want of an index or of memory, comes before what changes anything.
         chosen = rows.tolist()
         lengths = self.lengths.index_select(0, rows)
-        columns = _most(self._pages(lengths))
-        table = self.table.index_select(0, rows)[..., :columns].contiguous().clone()
+        table = self.table.index_select(0, rows)
+        table = table[..., : _most((table >= 0).sum(-1))].clone(
+            memory_format=torch.contiguous_format
+        )
         lost = self.table[sorted(set(range(len(self.table))) - set(chosen))]
         lost = lost[lost >= 0]
         again = [i for i, row in enumerate(chosen) if row in chosen[:i]]
@@ -146,18 +159,17 @@ class PagedEntries:
 
     def nbytes_with(self, lengths: Tensor) -> int:
         """Bytes at least, once the heads hold `lengths` (B, K), none less than now."""
-        needed = self._pages(lengths)
+        needed = torch.maximum(self._held(), self._pages(lengths))
         num_pages = max(self.pool.num_pages, int(needed.sum()))
         return self._nbytes(num_pages, lengths, max(_most(needed), self.table.shape[2]))
 
     def nbytes_at(self, rows: Tensor) -> int:
         """Bytes after `select(rows)`."""
         rows = rows.to(self.lengths.device)
-        lengths = self.lengths.index_select(0, rows)
-        needed = self._pages(lengths)
-        used = int(needed.sum())
+        held = self._held().index_select(0, rows)
+        used = int(held.sum())
         num_pages = used if self._shrinks(used) else max(self.pool.num_pages, used)
-        return self._nbytes(num_pages, lengths, _most(needed))
+        return self._nbytes(num_pages, held, _most(held))
 
     def _nbytes(self, num_pages: int, lengths: Tensor, columns: int) -> int:
         table = lengths.numel() * columns * self.table.element_size()
@@ -165,10 +177,10 @@ class PagedEntries:
 
     def mark(self) -> Mark:
         """Where `rewind` can go back to."""
-        return Mark(self.table, self.lengths, self.pool.num_pages, self.pool.free)
+        return Mark(self.table, self.lengths.clone(), self.pool.num_pages, self.pool.free)
 
     def rewind(self, mark: Mark) -> None:
-        """Undoes the appends since `mark`; the pool has the size it had."""
+        """Undoes what was added since `mark`; the pool has the size it had."""
         self.table, self.lengths = mark.table, mark.lengths
         self.pool.rewind(mark.num_pages, mark.free)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from pathlib import Path
 from typing import Any, NoReturn
@@ -31,6 +32,7 @@ class FoldedCache(Cache):
             more raises a ValueError and leaves the cache as it was. While a step runs, pages that
             move to a larger pool, and with a limit the ring before the step, come on top. None =
             no limit.
+        backend: of attention over this cache, `auto` or a name of `cachefold ls backends`.
 
     Raises:
         ValueError: an index out of range, a layer whose cache can't be folded, or paging options
@@ -51,6 +53,7 @@ class FoldedCache(Cache):
         paged: bool = True,
         page_size: int = 16,
         max_bytes: int | None = None,
+        backend: str = "auto",
     ) -> None:
         if not paged:
             raise ValueError(
@@ -60,6 +63,7 @@ class FoldedCache(Cache):
         layers: list[Any] = list(DynamicCache(config=config).layers)
         self._config = config
         self.max_bytes = max_bytes
+        self.backend = backend
         self._limit = None if max_bytes is None else ByteLimit(max_bytes, layers)
         for index in folded_layers:
             if not 0 <= index < len(layers):
@@ -149,6 +153,25 @@ class FoldedCache(Cache):
         with self._limit.step(*self.layers):
             storage.load(self, path, device)
         return self
+
+    def reserve(self, tokens: int) -> None:
+        """Takes pages for `tokens` further tokens, whatever they decide.
+
+        Steps of one token then change neither the pool nor the block tables, nor where any
+        tensor is: for CUDA graphs and torch.compile.
+
+        Raises:
+            ValueError: no prompt yet, or over `max_bytes`; nothing was changed.
+        """
+        if tokens < 1:
+            raise ValueError(f"tokens to reserve must be >= 1, got {tokens}")
+        if not all(layer.is_initialized for layer in self._folded()):
+            raise ValueError(
+                "an empty cache doesn't know its batch yet; feed the prompt, then reserve"
+            )
+        with self._limit.step(*self.layers) if self._limit else contextlib.nullcontext():
+            for layer in self._folded():
+                layer.reserve(tokens)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

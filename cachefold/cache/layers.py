@@ -7,12 +7,14 @@ it merges into the open entry (alpha 1) or closes that entry and opens the next 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from cachefold.cache.ring import STEPS_AHEAD, closings, to_step
 from cachefold.cache.state import FoldedState, tensor_nbytes
 from cachefold.cache.stream import Stream, clean, concatenate, shifted
 from cachefold.core.decisions import constrain
@@ -80,6 +82,7 @@ class FoldedLayer(FoldedState):
             self.lazy_initialization(new.key, new.value)
         self._check(new)
         assert self.valid_seen is not None and self.closed is not None
+        self.ring, self.turn, self.ahead = self.ordered_ring(), None, 0
         tokens = concatenate(
             [part for part in (self.tail, self.ring, clean(new)) if part is not None]
         )
@@ -94,6 +97,87 @@ class FoldedLayer(FoldedState):
         self.seen += new.valid.shape[1]
         self.valid_seen = self.valid_seen + new.valid.sum(1)
         return self._stream(tokens, means, before[..., None] + closes.cumsum(-1), new)
+
+    @property
+    def can_step(self) -> bool:
+        """Whether `step` takes the next token; a window needs the tokens of the open entry."""
+        return self.seen > 0 and self.window is None
+
+    def step(
+        self, new: Tokens, run: Callable[[FoldedLayer], Tensor], padded: bool = True
+    ) -> Tensor:
+        """Adds one token per request in place, for the price of few torch operations.
+
+        Args:
+            new: T = 1 token with hard decisions, no NaN at padding; `cos` and `sin` may have
+                batch 1.
+            run: folds the token into this layer and attends: changes ring, turn, tail, lengths
+                and pages as `attention.call.StepCall` says.
+            padded: whether there may be padding among the new tokens.
+
+        Returns:
+            What `run` returned.
+
+        Raises:
+            ValueError: as for `extend`; before anything changed in place.
+        """
+        if self.limit is None:
+            return self._step(new, run, padded)
+        with self.limit.step(self):
+            return self._step(new, run, padded)
+
+    def _step(self, new: Tokens, run: Callable[[FoldedLayer], Tensor], padded: bool) -> Tensor:
+        assert self.can_step and self.valid_seen is not None
+        self._check(new)
+        if not self.ahead:
+            self._look_ahead()
+        out = run(self)
+        self.ahead -= 1
+        self.seen += 1
+        self.valid_seen.add_(new.valid[:, 0] if padded else 1)
+        return out
+
+    def reserve(self, tokens: int) -> None:
+        """Takes pages for `tokens` further steps, whatever they decide.
+
+        Raises:
+            ValueError: over the byte limit.
+        """
+        assert self.closed is not None
+        if self.window is None:
+            self._turn_circular()
+        self._cover(self.closed.lengths + tokens)
+        self.ahead = max(self.ahead, tokens) if self.window is None else 0
+
+    def _look_ahead(self) -> None:
+        """Takes the pages that the next steps need: the tokens that leave next have decided."""
+        self._turn_circular()
+        assert self.ring is not None and self.tail is not None and self.turn is not None
+        assert self.closed is not None
+        steps = min(STEPS_AHEAD, max(self.delay, 1))
+        self._cover(self.closed.lengths + closings(self.ring, self.tail, self.turn, steps))
+        self.ahead = steps
+
+    # Steps change these tensors in place, in whatever mode that happens.
+    @torch.inference_mode(False)
+    def _turn_circular(self) -> None:
+        """Gives the layer tensors of its own that steps may change in place."""
+        if self.turn is not None:
+            return
+        assert self.closed is not None and self.valid_seen is not None
+        self.ring, self.tail = to_step(self.ring, self.tail, self.delay)
+        self.turn = torch.zeros((), dtype=torch.int64, device=self.closed.lengths.device)
+        self.closed.lengths = self.closed.lengths.clone()
+        self.valid_seen = self.valid_seen.clone()
+
+    def _cover(self, lengths: Tensor) -> None:
+        """Takes pages for `lengths` (B, K) entries, if the limit allows."""
+        assert self.closed is not None
+        spare = None
+        if self.limit is not None:
+            needed = self.closed.nbytes_with(lengths) + self._beside_nbytes()
+            spare = self.limit.spare(self, needed)
+        self.closed.cover(lengths, spare)
 
     def _stream(self, tokens: Tokens, means: Tokens, counts: Tensor, new: Tokens) -> Stream:
         """What the new tokens see; `counts` (B, K, N), entries closed by the arrival of a token."""

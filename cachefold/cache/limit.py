@@ -6,6 +6,7 @@ depends on its decisions. So the layers that went before are remembered until th
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,9 +18,12 @@ from torch import Tensor
 from cachefold.cache.entries import Mark
 from cachefold.cache.layers import FoldedLayer
 
+IN_PLACE = ("ring", "tail", "turn", "valid_seen")
+"""What steps of one token change in place; any other change replaces the tensors of a layer."""
+
 
 class _Memory(NamedTuple):
-    """A layer before a step: both kinds replace their tensors and never change them in place."""
+    """A layer before a step; copies of the tensors that the step may change in place."""
 
     state: dict[str, Any]
     mark: Mark | None
@@ -137,9 +141,15 @@ def dense_tensors(layer: Any) -> list[Tensor]:
     return [tensor for tensor in held if isinstance(tensor, torch.Tensor)]
 
 
+# A copy may be restored and then changed in place, in whatever mode that happens.
+@torch.inference_mode(False)
 def _remember(layer: Any) -> _Memory:
-    closed = layer.closed if isinstance(layer, FoldedLayer) else None
-    return _Memory(dict(vars(layer)), None if closed is None else closed.mark())
+    state = dict(vars(layer))
+    if not isinstance(layer, FoldedLayer) or layer.closed is None:
+        return _Memory(state, None)
+    if layer.turn is not None:
+        state |= copy.deepcopy({name: state[name] for name in IN_PLACE})
+    return _Memory(state, layer.closed.mark())
 
 
 def _restore(layer: Any, memory: _Memory) -> None:

@@ -128,19 +128,23 @@ class PagePool:
             return
         old = self.data
         num_pages = len(old) + missing
-        data = old.new_empty(num_pages, old.shape[1])
-        data[: len(old)] = old
+        # Entries are written to it in place, in whatever mode that happens.
+        with torch.inference_mode(False):
+            data = old.new_empty(num_pages, old.shape[1])
+            data[: len(old)] = old
         self.data = data
         # Reversed: the lowest page is taken first.
         self.free = list(range(num_pages - 1, len(old) - 1, -1)) + self.free
 
     def keep(self, pages: Tensor) -> None:
         """Shrinks the pool to `pages`, (n,) integers, which become the pages 0 to n - 1."""
-        self.data = self.data.index_select(0, pages)
+        with torch.inference_mode(False):
+            self.data = self.data.index_select(0, pages)
         self.free = []
 
     def rewind(self, num_pages: int, free: list[int]) -> None:
         """Takes back growth: the first `num_pages` pages stay, those in `free` without owner."""
         if num_pages < self.num_pages:
-            self.data = self.data[:num_pages].clone()
+            with torch.inference_mode(False):
+                self.data = self.data[:num_pages].clone()
         self.free = free

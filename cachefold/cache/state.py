@@ -14,6 +14,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from cachefold.cache.entries import PagedEntries
 from cachefold.cache.pages import PagePool, check_page_size
+from cachefold.cache.ring import in_order
 from cachefold.core.tokens import Tokens
 
 
@@ -43,6 +44,8 @@ class FoldedState(CacheLayerMixin):
         self.closed: PagedEntries | None = None  # keys rotated
         self.tail: Tokens | None = None  # the open entry
         self.ring: Tokens | None = None  # the newest tokens, exact
+        self.turn: Tensor | None = None  # () int64, oldest token of a circular ring; None: in order
+        self.ahead = 0  # steps that have their pages
         self.is_initialized = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -80,20 +83,21 @@ class FoldedState(CacheLayerMixin):
         """Bytes of all tensors held: pages with and without owner, block table, ring, the rest."""
         if self.closed is None:
             return 0
-        return self.closed.nbytes() + tensor_nbytes(self._beside())
+        return self.closed.nbytes() + self._beside_nbytes()
 
     def nbytes_at(self, rows: Tensor) -> int:
         """Bytes of all tensors held once the batch is that at `rows` (n,) int64."""
         if self.closed is None:
             return 0
-        beside = tensor_nbytes(self._beside()) * len(rows) // max(self.num_requests, 1)
-        return self.closed.nbytes_at(rows) + beside
+        shared = 0 if self.turn is None else tensor_nbytes([self.turn])
+        beside = (self._beside_nbytes() - shared) * len(rows) // max(self.num_requests, 1)
+        return self.closed.nbytes_at(rows) + beside + shared
 
-    def _beside(self) -> list[Tensor]:
-        """What is held beside the closed entries; the batch is the first dim of each."""
+    def _beside_nbytes(self) -> int:
+        """Bytes of what is held beside the closed entries."""
         runs = [run for run in (self.tail, self.ring) if run is not None]
         parts = [tensor for run in runs for tensor in run.tensors()]
-        return parts if self.valid_seen is None else [*parts, self.valid_seen]
+        return tensor_nbytes([*parts, *(t for t in (self.valid_seen, self.turn) if t is not None)])
 
     def tensors(self) -> dict[str, Tensor]:
         """The state by flat names, as `load_tensors` takes it; entries padded with zeros."""
@@ -109,11 +113,16 @@ class FoldedState(CacheLayerMixin):
             "lengths": self.closed.lengths,
             "valid_seen": self.valid_seen,
         }
-        for run in ("tail", "ring"):
-            tokens = getattr(self, run)
+        for run, tokens in (("tail", self.tail), ("ring", self.ordered_ring())):
             for field in fields(Tokens) if tokens is not None else ():
                 found[f"{run}.{field.name}"] = getattr(tokens, field.name)
         return found
+
+    def ordered_ring(self) -> Tokens | None:
+        """The ring with its oldest token first; a copy where it is circular."""
+        if self.ring is None or self.turn is None:
+            return self.ring
+        return in_order(self.ring, self.turn)
 
     def load_tensors(self, tensors: dict[str, Tensor], seen: int) -> None:
         """Replaces the whole state by what `tensors` gave and the number of tokens seen."""
@@ -141,11 +150,16 @@ class FoldedState(CacheLayerMixin):
         if self.valid_seen is not None:
             self.valid_seen = function(self.valid_seen)
 
+    @torch.inference_mode(False)
     def _move(self, device: torch.device | str) -> None:
         if self.closed is not None:
             self.closed.to(device)
         self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        if self.turn is not None:
+            self.turn = self.turn.to(device, non_blocking=True)
 
+    # Steps change these tensors in place, in whatever mode that happens.
+    @torch.inference_mode(False)
     def _select(self, rows: Tensor) -> None:
         """Makes the sequences at `rows` (n,) int64 the batch; repeats are copied."""
         if self.closed is None:

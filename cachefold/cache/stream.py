@@ -13,15 +13,30 @@ from torch import Tensor
 from cachefold.core.tokens import Tokens, token_dim
 
 
-def clean(new: Tokens) -> Tokens:
-    """New tokens as the stream holds them: no NaN of padding, whole batch, wide weights."""
-    padding = ~new.valid[:, None, :, None]
-    batch = new.key.shape[0]
+def without_padding(new: Tokens) -> Tokens:
+    """The same tokens with zeros for keys and values at padding, and weights of 1.
+
+    Whatever stands at padding, NaN included, must not reach a sum.
+
+    >>> nan = torch.full((1, 1, 1, 1), torch.nan)
+    >>> token = Tokens(nan, nan, nan[0], nan[0], nan[0], nan[0], torch.tensor([[False]]))
+    >>> without_padding(token).key.item()
+    0.0
+    """
+    padding = ~new.valid[:, None, :]
     return replace(
         new,
-        # Whatever stands at padding, NaN included, must not reach a sum.
-        key=new.key.masked_fill(padding, 0.0),
-        value=new.value.masked_fill(padding, 0.0),
+        key=new.key.masked_fill(padding[..., None], 0.0),
+        value=new.value.masked_fill(padding[..., None], 0.0),
+        omega=new.omega.masked_fill(padding, 1.0),
+    )
+
+
+def clean(new: Tokens) -> Tokens:
+    """New tokens as the stream holds them: no NaN of padding, whole batch, wide weights."""
+    batch, new = new.key.shape[0], without_padding(new)
+    return replace(
+        new,
         cos=new.cos.expand(batch, -1, -1),
         sin=new.sin.expand(batch, -1, -1),
         omega=new.omega if new.omega.dtype == torch.float64 else new.omega.float(),

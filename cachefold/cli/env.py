@@ -14,6 +14,7 @@ def run() -> None:
     import torch
 
     from cachefold import __version__
+    from cachefold.attention.dispatch import list_backends
     from cachefold.zoo import cache_home
 
     cuda = torch.cuda.is_available()
@@ -27,7 +28,7 @@ def run() -> None:
         "cuda": f"{torch.cuda.get_device_name()} ({torch.version.cuda})" if cuda else "no",
         "mps": "yes" if torch.backends.mps.is_available() else "no",
         "cache folder": str(cache_home()),
-        "backends": "reference, blocked (plain torch: any device)",
+        "backends": ", ".join(name for name, (ok, _) in list_backends().items() if ok),
     }
     width = max(map(len, facts))
     for name, value in facts.items():

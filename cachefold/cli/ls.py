@@ -11,17 +11,18 @@ import typer
 
 from cachefold.core.names import closest
 
-KINDS = ("models", "policies", "artefacts", "recipes")
+KINDS = ("models", "policies", "backends", "artefacts", "recipes")
 
 
 def run(
     what: Annotated[str, typer.Argument(metavar="|".join(KINDS), help="What to list.")],
 ) -> None:
-    """List models, policies, artefacts or recipes."""
+    """List models, policies, attention backends, artefacts or recipes."""
     if what not in KINDS:
         raise ValueError(f"can't list {what!r}.{closest(what, KINDS)} Kinds: {', '.join(KINDS)}.")
     rows = {
-        "models": _models, "policies": _policies, "artefacts": _artefacts, "recipes": _recipes,
+        "models": _models, "policies": _policies, "backends": _backends,
+        "artefacts": _artefacts, "recipes": _recipes,
     }[what]()  # fmt: skip
     lines = list(rows)
     if not lines:
@@ -49,6 +50,13 @@ def _policies() -> Iterable[tuple[str, str]]:
         options = ", ".join(f"{f.name}={getattr(policy, f.name)}" for f in fields(policy))
         about = (type(policy).__doc__ or "").strip().splitlines()[0]
         yield name, f"{about} Options: {options}"
+
+
+def _backends() -> Iterable[tuple[str, str]]:
+    from cachefold.attention.dispatch import list_backends
+
+    for name, (ok, reason) in list_backends().items():
+        yield name, "yes" if ok else f"no: {reason}"
 
 
 def _artefacts() -> Iterable[tuple[str, str]]:

@@ -16,14 +16,18 @@ def key_view(pages: Tensor, page_size: int, key_dim: int) -> Tensor:
     """(P, page_size * (D + Dv)) -> (P, D, page_size); writing to it writes to the pages.
 
     >>> pages = torch.arange(6.0).view(1, 6)
-    >>> key_view(pages, 2, 2).tolist(), value_view(pages, 2, 2).tolist()
-    ([[[0.0, 1.0], [2.0, 3.0]]], [[[4.0], [5.0]]])
+    >>> key_view(pages, 2, 2).tolist()
+    [[[0.0, 1.0], [2.0, 3.0]]]
     """
     return pages.narrow(1, 0, page_size * key_dim).unflatten(1, (key_dim, page_size))
 
 
 def value_view(pages: Tensor, page_size: int, key_dim: int) -> Tensor:
-    """(P, page_size * (D + Dv)) -> (P, page_size, Dv); writing to it writes to the pages."""
+    """(P, page_size * (D + Dv)) -> (P, page_size, Dv); writing to it writes to the pages.
+
+    >>> value_view(torch.arange(6.0).view(1, 6), 2, 2).tolist()
+    [[[4.0], [5.0]]]
+    """
     start = page_size * key_dim
     return pages.narrow(1, start, pages.shape[1] - start).unflatten(
         1, (page_size, (pages.shape[1] - start) // page_size)
@@ -41,6 +45,11 @@ def gather(pages: Tensor, page_size: int, key_dim: int, table: Tensor) -> tuple[
 
     Returns:
         Keys (B, K, S, D) and values (B, K, S, Dv), S = C * page_size; garbage where no entry is.
+
+    >>> pages = torch.arange(6.0).view(1, 6)
+    >>> key, value = gather(pages, 2, 2, torch.zeros(1, 1, 1, dtype=torch.int32))
+    >>> key.tolist(), value.tolist()
+    ([[[[0.0, 2.0], [1.0, 3.0]]]], [[[[4.0], [5.0]]]])
     """
     batch, heads, columns = table.shape
     # Over flat rows, which index_select copies faster than pages of rows.
@@ -54,5 +63,9 @@ def gather(pages: Tensor, page_size: int, key_dim: int, table: Tensor) -> tuple[
 
 
 def slots(lengths: Tensor, columns: int, page_size: int) -> Tensor:
-    """(B, K) entries -> (B, K, columns * page_size) bool, True where an entry exists."""
+    """(B, K) entries -> (B, K, columns * page_size) bool, True where an entry exists.
+
+    >>> slots(torch.tensor([[1]]), 1, 2).tolist()
+    [[[True, False]]]
+    """
     return torch.arange(columns * page_size, device=lengths.device) < lengths[..., None]

@@ -13,7 +13,13 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """A run of tokens with what is needed to fold them later."""
+    """A run of tokens with what is needed to fold them later.
+
+    >>> one = torch.ones(1, 1, 3)
+    >>> run = Tokens(one[..., None], one[..., None], one.mT, one.mT, one, one, one[0] > 0)
+    >>> run.narrow(1, 3).key.shape
+    torch.Size([1, 1, 2, 1])
+    """
 
     key: Tensor
     """(B, K, N, D), before rotary embedding."""
@@ -55,5 +61,9 @@ class Tokens:
 
 
 def token_dim(name: str) -> int:
-    """Dim of field `name` of `Tokens` that counts tokens."""
+    """Dim of field `name` of `Tokens` that counts tokens.
+
+    >>> token_dim("key"), token_dim("cos")
+    (2, 1)
+    """
     return 1 if name in ("cos", "sin", "valid") else 2

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cachefold.attention import blocked, reference
-from cachefold.attention.call import PagedCall, ParallelCall
-from cachefold.cache import FoldedCache, Stream
+from cachefold.attention.call import PagedCall, ParallelCall, StepCall
+from cachefold.attention.dispatch import choose, tell
+from cachefold.cache import FoldedCache, FoldedLayer, Stream
+from cachefold.cache.stream import without_padding
 from cachefold.core.decisions import Decisions, constrain, harden, relax
 from cachefold.core.merging import running_means
 from cachefold.core.rotary import rotate
@@ -20,6 +22,8 @@ from cachefold.models import families
 from cachefold.models.masks import valid_tokens
 from cachefold.models.run import FoldRun
 from cachefold.policies.base import Decision, LearnedPolicy
+
+HARD = FoldRun()
 
 
 class FoldedAttention:
@@ -38,7 +42,7 @@ class FoldedAttention:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """As the family's forward, with keys and values folded as the policy decides."""
-        run = fold_run or FoldRun()
+        run = fold_run or HARD
         original = functools.partial(
             super().forward, hidden_states, position_embeddings=position_embeddings,
             attention_mask=attention_mask, **kwargs,
@@ -57,16 +61,44 @@ class FoldedAttention:
             run.recorder[self.layer_idx] = Decisions(alpha, omega, logits)
         damp = Damping(self.decision.neuron, run.zero_out, key)
         tokens = Tokens(damp(key), value, *position_embeddings, alpha, omega, valid)
+        wanted = "auto" if layer is None else past_key_values.backend
+        if layer is not None and count == 1 and _can_step(layer, query, tokens):
+            padded = attention_mask is not None
+            tokens = without_padding(tokens) if padded else tokens
+            run_step = functools.partial(self._step, query, tokens, damp, wanted)
+            out = layer.step(tokens, run_step, padded)
+            return self._project_out(out), None
         stream = None if layer is None else layer.extend(tokens, damp.factors)
         # With nothing merged the folded form is plain attention: same kernel, same bits.
         if fresh and run.mode == "hard" and damp.factors is None and not bool(alpha.any()):
             return original(past_key_values=None)
         query = damp(rotate(damp(query), tokens.cos, tokens.sin))
         if stream is None:
-            out = blocked.parallel(self._whole_text(query, tokens, damp, run))
+            whole = self._whole_text(query, tokens, damp, run)
+            out = choose(whole).parallel(whole)
         else:
-            out = reference.attend(self._with_cache(query, stream, layer.page_size, damp))
-        return self.o_proj(out.transpose(1, 2).reshape(batch, count, -1)), None
+            paged = self._with_cache(query, stream, layer.page_size, damp)
+            out = choose(paged, wanted).attend(paged)
+        return self._project_out(out), None
+
+    def _project_out(self, out: Tensor) -> Tensor:
+        """(B, H, T, Dv) -> (B, T, hidden size)."""
+        batch, _, count, _ = out.shape
+        out = out if count == 1 else out.transpose(1, 2)
+        return self.o_proj(out.reshape(batch, count, -1))
+
+    def _step(
+        self, query: Tensor, new: Tokens, damp: Damping, wanted: str, layer: FoldedLayer
+    ) -> Tensor:
+        """One token after a cache: folds and attends in one call, (B, H, 1, Dv)."""
+        closed, ring, tail, turn = layer.closed, layer.ring, layer.tail, layer.turn
+        assert closed is not None and ring is not None and tail is not None and turn is not None
+        call = StepCall(
+            query=damp(query), new=new, ring=ring, turn=turn, tail=tail, pages=closed.pool.data,
+            page_size=layer.page_size, table=closed.table, lengths=closed.lengths,
+            scaling=self.scaling, softcap=families.softcap(self), factors=damp.factors,
+        )  # fmt: skip
+        return choose(call, wanted).step(call)
 
     def _whole_text(
         self, query: Tensor, tokens: Tokens, damp: Damping, run: FoldRun
@@ -132,6 +164,16 @@ def _alpha(logits: Tensor, run: FoldRun, valid: Tensor | None) -> Tensor:
     else:
         alpha = relax(logits, temperature=run.temperature, method=run.relaxation)
     return alpha if valid is None else constrain(alpha, valid)
+
+
+def _can_step(layer: FoldedLayer, query: Tensor, new: Tokens) -> bool:
+    """Whether a token goes into the cache in place; tells why a window forbids it."""
+    if layer.can_step:
+        inputs = (query, new.key, new.value, new.omega)
+        return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs))
+    if layer.window is not None:
+        tell(logging.INFO, "no steps in place: a window needs the tokens of the open entry")
+    return False
 
 
 def check_cache(cache: Any) -> None:

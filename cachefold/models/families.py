@@ -39,7 +39,9 @@ def is_full_attention(attention: Any) -> bool:
 
 def project(attention: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Query (B, H, T, D), key and value (B, K, T, D), normed where the family does, unrotated."""
-    if hasattr(attention, "qkv_proj"):
+    # Looked up in the dict: hasattr on a module is slow where the answer is no.
+    modules = attention._modules
+    if "qkv_proj" in modules:
         parts = attention.qkv_proj(hidden_states).split(_fused_sizes(attention), -1)
     else:
         parts = (
@@ -47,9 +49,13 @@ def project(attention: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tens
             attention.k_proj(hidden_states),
             attention.v_proj(hidden_states),
         )
-    shape = (*hidden_states.shape[:-1], -1, attention.head_dim)
-    query, key, value = (part.view(shape).transpose(1, 2) for part in parts)
-    if hasattr(attention, "q_norm"):
+    batch, count = hidden_states.shape[:2]
+    if count == 1:  # the same without a transpose, of which decoding would feel the price
+        query, key, value = (part.view(batch, -1, 1, attention.head_dim) for part in parts)
+    else:
+        shape = (batch, count, -1, attention.head_dim)
+        query, key, value = (part.view(shape).transpose(1, 2) for part in parts)
+    if "q_norm" in modules:
         query, key = attention.q_norm(query), attention.k_norm(key)
     return query, key, value
 
@@ -72,4 +78,4 @@ def query_key_rows(attention: Any) -> list[Tensor]:
 
 def softcap(attention: Any) -> float | None:
     """Tanh cap on the attention scores (Gemma 2), or None."""
-    return getattr(attention, "attn_logit_softcapping", None)
+    return vars(attention).get("attn_logit_softcapping")

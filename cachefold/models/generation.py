@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from transformers import PreTrainedModel
 
+from cachefold.attention.dispatch import check_name
 from cachefold.cache import FoldedCache
 from cachefold.models import families
 from cachefold.models.attention import check_cache, folded_layers
@@ -52,7 +53,10 @@ class FoldedCausalLM:
 
 
 def new_cache(
-    model: PreTrainedModel, page_size: int = 16, max_bytes: int | None = None
+    model: PreTrainedModel,
+    page_size: int = 16,
+    max_bytes: int | None = None,
+    backend: str = "auto",
 ) -> FoldedCache:
     """An empty cache for a folded model.
 
@@ -60,17 +64,19 @@ def new_cache(
         model: folded.
         page_size: entries per page, 16 or 32.
         max_bytes: most bytes that the cache may hold; None = no limit. See `FoldedCache`.
+        backend: of attention over this cache: `auto`, or a name of `cachefold ls backends`.
 
     Raises:
         ValueError: the model is not folded, or an option out of range.
     """
+    check_name(backend)
     layers = folded_layers(model)
     if not layers:
         raise ValueError("the model is not folded; call fold(model, policy) first")
     policy: LearnedPolicy = families.attention_layers(model)[layers[0]].policy
     return FoldedCache(
         model.config, folded_layers=layers, delay=policy.delay, window=policy.window,
-        page_size=page_size, max_bytes=max_bytes,
+        page_size=page_size, max_bytes=max_bytes, backend=backend,
     )  # fmt: skip
 
 

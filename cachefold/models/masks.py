@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,7 @@ def valid_tokens(
         ValueError: a mask of another kind, or one that keeps several texts in a row apart.
     """
     if attention_mask is None:
-        return torch.ones(batch, tokens, dtype=torch.bool, device=device)
+        return _all_valid(batch, tokens, device)
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() not in (2, 4):
         raise ValueError(
             f"a folded layer can't read a {type(attention_mask).__name__} mask; load the model "
@@ -45,3 +47,11 @@ def valid_tokens(
                 "can't keep apart; give every text a row of its own, with padding"
             )
     return valid.expand(batch, tokens)
+
+
+# Every layer asks in every step.
+@functools.lru_cache(maxsize=8)
+def _all_valid(batch: int, tokens: int, device: torch.device) -> Tensor:
+    """(batch, tokens) of True; shared, not to be changed."""
+    with torch.inference_mode(False):
+        return torch.ones(batch, tokens, dtype=torch.bool, device=device)

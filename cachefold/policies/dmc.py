@@ -42,11 +42,14 @@ class LinearDecision(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Decides; see `policies.base.Decision`. Omega is in [eps, 1]."""
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            states = hidden_states.float() * LINEAR_SCALE
-            bias = self.bias.float() * LINEAR_SCALE
-            logits = nn.functional.linear(states, self.weight.float(), bias)
-        merge, importance = logits.transpose(1, 2).chunk(2, dim=1)
+        if torch.is_autocast_enabled(hidden_states.device.type):
+            with torch.autocast(hidden_states.device.type, enabled=False):
+                return self._decide(hidden_states)
+        return self._decide(hidden_states)  # entering a context costs more than the projection
+
+    def _decide(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        logits = nn.functional.linear(hidden_states.float(), self.weight.float(), self.bias.float())
+        merge, importance = (logits * LINEAR_SCALE).transpose(1, 2).chunk(2, dim=1)
         return merge, torch.sigmoid(importance).clamp(min=OMEGA_EPS)
 
 

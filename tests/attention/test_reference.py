@@ -1,9 +1,10 @@
-"""Parallel attention against a token-by-token loop written from the definition."""
+"""Attention against a token-by-token loop written from the definition."""
 
 from __future__ import annotations
 
 import doctest
 import importlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,12 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cachefold.attention import blocked, reference
-from cachefold.attention.call import AttentionCall
+from cachefold.attention.call import ParallelCall
 from cachefold.core.decisions import constrain
 from cachefold.core.merging import merge_step, running_means
-
-HEADS, KV_HEADS, DIM = 4, 2, 6
-
+from tests.attention import lists
+from tests.attention.lists import DIM, HEADS, KV_HEADS
 
 BACKENDS = pytest.mark.parametrize("attend", [reference.parallel, blocked.parallel])
 
@@ -42,7 +42,7 @@ def _inputs(tokens, seed, kind="hard", padding=None):
 def _call(query, key, value, alpha, omega, valid, window=None, **options):
     """A whole text, as the model asks for it without a cache."""
     mean_key, mean_value, _ = running_means(key, value, alpha, omega, window)
-    return AttentionCall(
+    return ParallelCall(
         query=query, exact_key=key, exact_value=value, merged_key=mean_key,
         merged_value=mean_value, alpha=alpha, valid=valid, scaling=0.5, **options,
     )  # fmt: skip
@@ -124,20 +124,102 @@ def test_blocked_equals_reference_with_gradients(delay, softcap, rows, monkeypat
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 
-def test_garbage_behind_closed_entries_does_not_leak():
-    inputs = _inputs(5, 2)
-    closed = torch.full((2, KV_HEADS, 3, DIM), torch.nan, dtype=torch.float64)
-    mask = torch.zeros(2, KV_HEADS, 3, dtype=torch.bool)
-    with_buffer = reference.parallel(
-        _call(*inputs, delay=2, closed_key=closed, closed_value=closed, closed_mask=mask)
-    )
-    without = reference.parallel(_call(*inputs, delay=2))
-    real = inputs[-1][:, None, :, None]
-    assert with_buffer.isfinite().all()
-    torch.testing.assert_close(with_buffer * real, without * real)
+TEXTS = {
+    "seed": st.integers(0, 2**16),
+    "batch": st.integers(1, 2),
+    "tokens": st.integers(1, 40),
+    "rate": st.sampled_from([0.0, 0.5, 0.9, 1.0]),
+    "padding": st.lists(
+        st.tuples(st.integers(0, 9), st.integers(0, 9)).map(sorted), min_size=1, max_size=2
+    ),
+    "page_size": st.sampled_from([16, 32]),
+    "softcap": st.sampled_from([None, 1.5]),
+    "damped": st.booleans(),
+}
 
 
-@pytest.mark.parametrize("name", ["blocked", "call", "reference"])
+def _text(seed, batch, tokens, rate, padding, page_size, softcap, damped, delay):
+    factors = torch.ones(DIM, dtype=torch.float64)
+    factors[-1] = 0.25
+    return lists.make_text(
+        seed, batch, tokens, rate, padding, delay=delay, page_size=page_size, softcap=softcap,
+        factors=factors if damped else None,
+    )  # fmt: skip
+
+
+def _check(text, got, i):
+    """Output (B, H, Dv) of token i; what a padding query gets means nothing."""
+    for b in range(text.shape[0]):
+        for h in range(HEADS) if text.tokens.valid[b, i] else ():
+            want = lists.expected(text, b, h, i)
+            torch.testing.assert_close(got[b, h], want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("delay", [0, 1, 4, 16])
+@settings(max_examples=25, deadline=None)
+@given(queries=st.integers(1, 40), **TEXTS)
+def test_attend_equals_lists(delay, queries, **drawn):
+    text = _text(**drawn, delay=delay)
+    queries = min(queries, drawn["tokens"])
+    out = reference.attend(lists.paged_call(text, queries))
+    for q in range(queries):
+        _check(text, out[:, :, q], drawn["tokens"] - queries + q)
+
+
+@pytest.mark.parametrize("delay", [0, 1, 4, 16])
+@settings(max_examples=25, deadline=None)
+@given(**TEXTS)
+def test_steps_equal_lists(delay, **drawn):
+    text = _text(**drawn, delay=delay)
+    call = lists.first_step(text)
+    for i in range(drawn["tokens"]):
+        call = lists.next_step(text, call, i)
+        _check(text, reference.step(call)[:, :, 0], i)
+        for b in range(drawn["batch"]):
+            for k in range(KV_HEADS):
+                closed, last = lists.groups(text, b, k, i)
+                assert call.lengths[b, k] == len(closed)
+                assert bool(call.tail.valid[b, 0]) == (last is not None)
+        assert int(call.turn) == ((i + 1) % delay if delay else 0)
+
+
+def test_one_position_for_the_whole_batch():
+    """`cos` and `sin` of a new token may have batch 1."""
+    text = _text(0, 2, 20, 0.5, [(0, 0)], 16, None, False, 4)
+    text.tokens.cos[1], text.tokens.sin[1] = text.tokens.cos[0], text.tokens.sin[0]
+    call = lists.first_step(text)
+    for i in range(20):
+        call = lists.next_step(text, call, i)
+        new = replace(call.new, cos=call.new.cos[:1], sin=call.new.sin[:1])
+        _check(text, reference.step(replace(call, new=new))[:, :, 0], i)
+
+
+def test_the_mean_stays_in_float32():
+    """In bfloat16, 300 merged tokens of value 1 and one of 2 keep their true mean."""
+    text = _text(0, 1, 1, 1.0, [(0, 0)], 16, None, False, 0)
+    call, wide = lists.first_step(text), torch.float32
+    half = {
+        name: run_to(getattr(call, name), torch.bfloat16 if name == "new" else wide)
+        for name in ("new", "tail")
+    }
+    call = replace(
+        call, query=call.query.bfloat16(), pages=call.pages.bfloat16(),
+        ring=run_to(call.ring, torch.bfloat16), **half,
+    )  # fmt: skip
+    call.new.omega.fill_(1.0)
+    for i in range(301):
+        call.new.value.fill_(2.0 if i == 300 else 1.0)
+        reference.step(call)
+    torch.testing.assert_close(call.tail.value, torch.full_like(call.tail.value, 302 / 301))
+    assert call.tail.value.dtype == wide and int(call.lengths.sum()) == 0
+
+
+def run_to(run, dtype):
+    """Keys and values in another dtype."""
+    return replace(run, key=run.key.to(dtype), value=run.value.to(dtype))
+
+
+@pytest.mark.parametrize("name", ["blocked", "call", "dispatch", "reference"])
 def test_examples_run(name):
     result = doctest.testmod(importlib.import_module(f"cachefold.attention.{name}"))
     assert result.attempted and not result.failed

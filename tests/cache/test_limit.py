@@ -79,7 +79,7 @@ def test_a_refused_step_changes_nothing_in_any_layer(layer):
     for each in (cache, free):
         last = feed(each, TEXT, 60, 62)
     assert state(cache)[:3] == state(free)[:3]
-    assert last[0].closed_mask.any()
+    assert last[0].visible.any()
 
 
 def test_a_refusal_comes_before_the_pool_grows(monkeypatch):

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
+from cachefold.attention import reference
+from cachefold.attention.call import StepCall
 from cachefold.cache import FoldedCache, FoldedLayer
 from cachefold.cache.entries import PagedEntries
 from cachefold.cache.pages import SPARE, PagePool
+from cachefold.cache.ring import STEPS_AHEAD
+from cachefold.core.accounting import entries_kept
+from cachefold.core.decisions import constrain
 from cachefold.core.tokens import Tokens
 from tests.cache.texts import (
     HEADS,
     Text,
     as_rows,
     expected_rows,
+    expected_step,
     make_text,
     poison,
     poison_pages,
+    run_step,
     stream_rows,
 )  # fmt: skip
 
@@ -28,15 +37,19 @@ def new_entries(batch: int, page_size: int = 16) -> PagedEntries:
     return PagedEntries(batch, HEADS, PagePool(page_size, 2, 3, torch.float64, "cpu"))
 
 
-def check_invariants(entries: PagedEntries) -> None:
-    """Every page has one owner or is free; a head has just the pages that it needs."""
+def check_invariants(entries: PagedEntries, ahead: int = 0) -> None:
+    """Every page has one owner or is free; a head has the pages that it needs.
+
+    Beyond them it has at most those of the next `ahead` entries.
+    """
     pool = entries.pool
     owned = entries.table[entries.table >= 0].tolist()
     assert sorted(owned + pool.free) == list(range(pool.num_pages))
-    needed = -(-entries.lengths // pool.page_size)
-    assert torch.equal((entries.table >= 0).sum(-1), needed)
+    held = (entries.table >= 0).sum(-1)
+    assert (held >= -(-entries.lengths // pool.page_size)).all()
+    assert (held <= -(-(entries.lengths + ahead) // pool.page_size)).all()
     column = torch.arange(entries.table.shape[2])
-    assert torch.equal(entries.table >= 0, column < needed[..., None])
+    assert torch.equal(entries.table >= 0, column < held[..., None])
     assert entries.table.dtype == torch.int32
     assert pool.nbytes() == pool.num_pages * pool.page_nbytes
     assert pool.used_nbytes() == len(owned) * pool.page_nbytes
@@ -86,6 +99,8 @@ ROWS = st.tuples(
     st.sampled_from(["reorder", "select"]), st.lists(st.integers(0, 5), min_size=1, max_size=3)
 )
 RESET = st.tuples(st.just("reset"), st.integers(1, 3))
+STEPS = st.tuples(st.just("steps"), st.integers(1, 20))
+COPY = st.tuples(st.just("copy"), st.booleans())
 
 
 def joined(texts: list[Text]) -> Text:
@@ -95,39 +110,71 @@ def joined(texts: list[Text]) -> Text:
     )
 
 
-@pytest.mark.parametrize("window", [None, 3])
-@settings(max_examples=25, deadline=None)
+def check_step(layer: FoldedLayer, text: Text) -> None:
+    """The last token of `text` in place."""
+    last = text.valid.shape[1] - 1
+    got = run_step(layer, text, last)
+    for b in range(len(got)):
+        for k in range(HEADS):
+            want = expected_step(text, b, k, last, layer.delay, layer.window)
+            torch.testing.assert_close(got[b, k], want, rtol=1e-9, atol=1e-9)
+    check_invariants(layer.closed, ahead=max(STEPS_AHEAD, layer.ahead))
+
+
+def check_extend(layer: FoldedLayer, text: Text, start: int) -> None:
+    """The tokens of `text` from `start` on, at once."""
+    poison(layer)
+    last = text.valid.shape[1] - 1
+    stream = layer.extend(Tokens(*text.part(start, last + 1)))
+    for b in range(len(text.valid)):
+        for k in range(HEADS):
+            got = as_rows(stream_rows(stream, b, k, -1, layer.delay))
+            want = as_rows(expected_rows(text, b, k, last, layer.delay, layer.window))
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("delay", "window"), [(0, None), (1, None), (4, None), (16, None), (4, 3)])
+@settings(max_examples=20, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     rate=st.sampled_from([0.0, 0.3, 0.7]),
-    actions=st.lists(st.one_of(EXTEND, EXTEND, EXTEND, ROWS, RESET), min_size=2, max_size=9),
+    actions=st.lists(
+        st.one_of(EXTEND, EXTEND, STEPS, STEPS, ROWS, RESET, COPY), min_size=2, max_size=9
+    ),
+    page_size=st.sampled_from([16, 32]),
 )
-def test_a_layer_goes_on_after_any_change_of_its_batch(window, seed, rate, actions):
-    layer, batch, past = FoldedLayer(4, window), 2, []
-    for step, (kind, what) in enumerate(actions):
+def test_a_layer_goes_on_after_any_change(delay, window, seed, rate, actions, page_size):
+    layer, batch, past = FoldedLayer(delay, window, page_size), 2, []
+    for action, (kind, what) in enumerate(actions):
         if kind == "reset":
             layer.reset()
             batch, past = what, []
             assert layer.nbytes() == 0
         elif kind == "extend":
-            text = make_text(seed + step, what, [0] * batch, rate)
-            past = [joined([*past, text])]
-            poison(layer)
-            stream = layer.extend(Tokens(*text.part(0, what)))
-            last = past[0].valid.shape[1] - 1
-            for b in range(batch):
-                for k in range(HEADS):
-                    got = as_rows(stream_rows(stream, b, k, stream.valid.shape[1] - 1, 4))
-                    want = as_rows(expected_rows(past[0], b, k, last, 4, window))
-                    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
-            check_invariants(layer.closed)
-        elif past:
+            seen = past[0].valid.shape[1] if past else 0
+            past = [joined([*past, make_text(seed + action, what, [0] * batch, rate)])]
+            check_extend(layer, past[0], seen)
+            check_invariants(layer.closed, ahead=STEPS_AHEAD)
+        elif kind == "steps" and layer.can_step:
+            for i in range(what):
+                past = [joined([*past, make_text(seed + action + 100 * i, 1, [0] * batch, rate)])]
+                check_step(layer, past[0])
+        elif kind == "copy":
+            other = copy.deepcopy(layer)
+            if what and past:
+                other = FoldedLayer(delay, window, page_size)
+                other.load_tensors(layer.tensors(), layer.seen)
+            layer = other
+        elif past and kind in ("reorder", "select"):
             rows = torch.tensor([row % batch for row in what])
             predicted = layer.nbytes_at(rows)
             layer.reorder_cache(rows) if kind == "reorder" else layer.batch_select_indices(rows)
             batch, past = len(rows), [Text(*(x[rows] for x in vars(past[0]).values()))]
             assert layer.nbytes() == predicted
-            check_invariants(layer.closed)
+            check_invariants(layer.closed, ahead=STEPS_AHEAD)
+    if past:
+        kept = entries_kept(constrain(past[0].alpha, past[0].valid), past[0].valid, delay)
+        assert layer.entries().tolist() == kept.tolist()
 
 
 def test_freed_pages_are_reused_and_beams_swap_without_growth():
@@ -181,8 +228,22 @@ def test_page_size_is_checked(page_size):
         FoldedLayer(4, page_size=page_size)
 
 
+def fold_step(layer: FoldedLayer, new: Tokens) -> torch.Tensor:
+    reference.fold(
+        StepCall(
+            query=new.key, new=new, ring=layer.ring, turn=layer.turn, tail=layer.tail,
+            pages=layer.closed.pool.data, page_size=layer.page_size, table=layer.closed.table,
+            lengths=layer.closed.lengths, scaling=1.0,
+        )
+    )  # fmt: skip
+    return new.value
+
+
 def llama_cache(tokens: int, batch: int, ratio: float, step: int | None) -> FoldedCache:
-    """Filled by decisions imposed at a ratio of all entries, ring included; bfloat16."""
+    """Filled by decisions imposed at a ratio of all entries, ring included; bfloat16.
+
+    With `step`, the last 200 tokens come so many at a time, and one at a time in place.
+    """
     config = LlamaConfig(
         num_hidden_layers=2, num_attention_heads=9, num_key_value_heads=3, hidden_size=576
     )
@@ -194,23 +255,27 @@ def llama_cache(tokens: int, batch: int, ratio: float, step: int | None) -> Fold
         alpha = (torch.rand(batch, 3, tokens, generator=generator) < rate).float()
         vectors = torch.randn(batch, 3, tokens, 64, generator=generator).bfloat16()
         angle = torch.rand(1, tokens, 64, generator=generator).bfloat16()
-        starts = [0] if step is None else [0, *range(tokens - step, tokens)]
+        starts = [0] if step is None else [0, *range(tokens - 200, tokens, step)]
         for start, stop in zip(starts, [*starts[1:], tokens], strict=True):
             part = slice(start, stop)
-            layer.extend(
-                Tokens(
-                    vectors[:, :, part], vectors[:, :, part], angle[:, part], angle[:, part],
-                    alpha[:, :, part], torch.ones(batch, 3, stop - start),
-                    torch.ones(batch, stop - start, dtype=torch.bool),
-                )
+            new = Tokens(
+                vectors[:, :, part], vectors[:, :, part], angle[:, part], angle[:, part],
+                alpha[:, :, part], torch.ones(batch, 3, stop - start),
+                torch.ones(batch, stop - start, dtype=torch.bool),
             )  # fmt: skip
+            if start and step == 1:
+                layer.step(new, lambda layer, new=new: fold_step(layer, new))
+            else:
+                layer.extend(new)
     return cache
 
 
 @pytest.mark.parametrize("ratio", [2.0, 4.0])
-@pytest.mark.parametrize(("tokens", "batch", "decoded"), [(2048, 1, None), (2048, 2, 200)])
-def test_saved_memory_is_real(tokens, batch, ratio, decoded):
-    cache = llama_cache(tokens, batch, ratio, decoded)
+@pytest.mark.parametrize(
+    ("tokens", "batch", "step"), [(2048, 1, None), (2048, 2, 50), (2048, 2, 1)]
+)
+def test_saved_memory_is_real(tokens, batch, ratio, step):
+    cache = llama_cache(tokens, batch, ratio, step)
     cr = cache.compression_ratio()
     assert cr == pytest.approx(ratio, rel=0.05)
     excess = cache.allocated_nbytes() * cr / cache.dense_nbytes()

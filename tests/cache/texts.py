@@ -8,8 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-from cachefold.cache import FoldedLayer
+from cachefold.attention import reference
+from cachefold.attention.call import StepCall
+from cachefold.cache import FoldedLayer, Stream
 from cachefold.cache.entries import PagedEntries
+from cachefold.core.pages import gather
 from cachefold.core.tokens import Tokens
 
 HEADS, DIM, ROTARY = 2, 6, 4
@@ -94,24 +97,55 @@ def expected_rows(
     return rows
 
 
-def stream_rows(stream, b: int, k: int, row: int, delay: int) -> list[list[float]]:
-    """What stream token `row` sees, by the contract between cache and attention."""
-    rows = []
-    for s in range(stream.closed_mask.shape[-1]):
-        if stream.closed_mask[b, k, s]:
-            rows.append(stream.closed_key[b, k, s].tolist() + stream.closed_value[b, k, s].tolist())
+def stream_rows(stream: Stream, b: int, k: int, row: int, delay: int) -> list[list[float]]:
+    """What new token `row` (negative: from the end) sees, by the contract with attention."""
+    num_new, num_exact = stream.visible.shape[2], stream.exact.valid.shape[1]
+    row %= num_new
+    page_size = stream.pages.shape[1] // (2 * DIM)
+    key, value = gather(stream.pages, page_size, DIM, stream.table)
+    rows = [
+        key[b, k, slot].tolist() + value[b, k, slot].tolist()
+        for slot in range(int(stream.visible[b, k, row]))
+    ]
 
-    def turned(key: torch.Tensor, value: torch.Tensor, j: int) -> list[float]:
-        cos, sin = stream.cos[b, j].tolist(), stream.sin[b, j].tolist()
-        return turn(key[b, k, j].tolist(), cos, sin) + value[b, k, j].tolist()
+    def turned(run: Tokens, j: int) -> list[float]:
+        cos, sin = run.cos[b, j].tolist(), run.sin[b, j].tolist()
+        return turn(run.key[b, k, j].tolist(), cos, sin) + run.value[b, k, j].tolist()
 
-    for j in range(max(stream.num_prefix - 1, 0), row - delay + 1):
-        if stream.valid[b, j] and (j == row - delay or stream.alpha[b, k, j + 1] == 0):
-            rows.append(turned(stream.merged_key, stream.merged_value, j))
-    for j in range(max(row - delay + 1, stream.num_prefix), row + 1):
-        if stream.valid[b, j]:
-            rows.append(turned(stream.key, stream.value, j))
+    if stream.open.valid[b, row]:
+        rows.append(turned(stream.open, row))
+    last = num_exact - num_new + row
+    for j in range(max(last - delay + 1, 0), last + 1):
+        if stream.exact.valid[b, j]:
+            rows.append(turned(stream.exact, j))
     return rows
+
+
+def run_step(layer: FoldedLayer, text: Text, i: int) -> torch.Tensor:
+    """Token i by a step in place, by the reference; (B, HEADS, DIM), every channel asked for 1."""
+    poison(layer)
+    new = Tokens(*text.part(i, i + 1))
+    query = torch.ones(len(text.valid), HEADS, 1, DIM, dtype=torch.float64)
+
+    def run(layer: FoldedLayer) -> torch.Tensor:
+        return reference.step(
+            StepCall(
+                query=query, new=new, ring=layer.ring, turn=layer.turn, tail=layer.tail,
+                pages=layer.closed.pool.data, page_size=layer.page_size,
+                table=layer.closed.table, lengths=layer.closed.lengths, scaling=1.0,
+            )
+        )  # fmt: skip
+
+    return layer.step(new, run)[:, :, 0]
+
+
+def expected_step(
+    text: Text, b: int, k: int, i: int, delay: int, window: int | None = None
+) -> torch.Tensor:
+    """(DIM,) what `run_step` gives a request and head."""
+    rows = as_rows(expected_rows(text, b, k, i, delay, window))
+    query = as_rows([turn([1.0] * DIM, text.cos[b, i].tolist(), text.sin[b, i].tolist())])[0]
+    return torch.softmax(rows[:, :DIM] @ query, 0) @ rows[:, DIM:]
 
 
 def as_rows(rows: list[list[float]]) -> torch.Tensor:
@@ -131,7 +165,7 @@ def poison_pages(entries: PagedEntries) -> None:
     for head, length in zip(table.flatten(0, 1), entries.lengths.flatten().tolist(), strict=True):
         for slot in range(length):
             used[head[slot // pool.page_size], slot % pool.page_size] = True
-    pool.keys[~used] = math.nan
+    pool.keys.transpose(1, 2)[~used] = math.nan
     pool.values[~used] = math.nan
 
 

@@ -27,7 +27,8 @@ def test_round_trip(tmp_path):
     save_folded(model, tmp_path, base={"id": "tiny", "revision": "none"}, extra={"tokens": 3})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cachefold.json", WEIGHTS]
     loaded = load_folded(tmp_path, tiny_model())
-    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    with torch.no_grad():  # with gradients another backend, which rounds otherwise
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
     assert not torch.equal(loaded(ids).logits, tiny_model()(ids).logits)
 
 
