@@ -120,9 +120,7 @@ def attend(call: PagedCall) -> Tensor:
     closed_key, closed_value = gather(call.pages, size, dim, call.table)
     # Pages hold garbage beyond the length, NaN included: 0 * NaN must not reach the sum.
     exists = slots(call.visible[..., -1], call.table.shape[2], size)[..., None]
-    closed_key, closed_value = (
-        tensor.masked_fill(~exists, 0.0) for tensor in (closed_key, closed_value)
-    )
+    closed_key, closed_value = (t.masked_fill(~exists, 0.0) for t in (closed_key, closed_value))
     seen = slots(call.visible, call.table.shape[2], size)[:, :, None]  # (B, K, 1, Q, S)
     closed = capped(_scores(grouped, closed_key), call.softcap).masked_fill(~seen, HIDDEN)
     exact = capped(_scores(grouped, call.exact_key), call.softcap)

@@ -66,13 +66,7 @@ class FoldedCache(Cache):
         self.backend = backend
         self._limit = None if max_bytes is None else ByteLimit(max_bytes, layers)
         for index in folded_layers:
-            if not 0 <= index < len(layers):
-                raise ValueError(f"layer {index} doesn't exist; the model has {len(layers)} layers")
-            if type(layers[index]) is not DynamicLayer:
-                raise ValueError(
-                    f"layer {index} keeps a {type(layers[index]).__name__}, and only full "
-                    "attention can be folded; leave this layer out of folded_layers"
-                )
+            _check_foldable(layers, index)
             layers[index] = FoldedLayer(delay, window, page_size, self._limit)
         super().__init__(layers=layers)
         self.folded_layers = sorted(folded_layers)
@@ -240,6 +234,16 @@ class FoldedCache(Cache):
     def crop(self, tokens_to_remove: int) -> NoReturn:
         """Not possible: see `FoldedLayer.crop`. Checked before any layer changes."""
         FoldedLayer(self.delay, self.window).crop(tokens_to_remove)
+
+
+def _check_foldable(layers: list[Any], index: int) -> None:
+    if not 0 <= index < len(layers):
+        raise ValueError(f"layer {index} doesn't exist; the model has {len(layers)} layers")
+    if type(layers[index]) is not DynamicLayer:
+        raise ValueError(
+            f"layer {index} keeps a {type(layers[index]).__name__}, and only full "
+            "attention can be folded; leave this layer out of folded_layers"
+        )
 
 
 def _tokens_seen(layer: FoldedLayer) -> Tensor:

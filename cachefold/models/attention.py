@@ -53,33 +53,38 @@ class FoldedAttention:
         batch, count = hidden_states.shape[:2]
         valid = valid_tokens(attention_mask, batch, count, hidden_states.device)
         query, key, value = families.project(self, hidden_states)
-        logits, omega = self.policy.share(*self.decision(query, key, hidden_states))
         layer = _folded_layer(past_key_values, self.layer_idx)
         fresh = layer is None or layer.get_seq_length() == 0
-        alpha = _alpha(logits, run, valid if fresh else None)
-        if run.recorder is not None:
-            run.recorder[self.layer_idx] = Decisions(alpha, omega, logits)
+        logits, omega = self.policy.share(*self.decision(query, key, hidden_states))
+        alpha = self._alpha(logits, omega, run, valid if fresh else None)
         damp = Damping(self.decision.neuron, run.zero_out, key)
         tokens = Tokens(damp(key), value, *position_embeddings, alpha, omega, valid)
-        wanted = "auto" if layer is None else past_key_values.backend
         if layer is not None and count == 1 and _can_step(layer, query, tokens):
-            padded = attention_mask is not None
+            padded, wanted = attention_mask is not None, past_key_values.backend
             tokens = without_padding(tokens) if padded else tokens
             run_step = functools.partial(self._step, query, tokens, damp, wanted)
-            out = layer.step(tokens, run_step, padded)
-            return self._project_out(out), None
+            return self._project_out(layer.step(tokens, run_step, padded)), None
         stream = None if layer is None else layer.extend(tokens, damp.factors)
         # With nothing merged the folded form is plain attention: same kernel, same bits.
         if fresh and run.mode == "hard" and damp.factors is None and not bool(alpha.any()):
             return original(past_key_values=None)
         query = damp(rotate(damp(query), tokens.cos, tokens.sin))
         if stream is None:
-            whole = self._whole_text(query, tokens, damp, run)
-            out = choose(whole).parallel(whole)
+            return self._project_out(self._whole_text(query, tokens, damp, run)), None
+        return self._project_out(self._with_cache(query, stream, past_key_values, damp)), None
+
+    def _alpha(self, logits: Tensor, omega: Tensor, run: FoldRun, valid: Tensor | None) -> Tensor:
+        """(B, K, T) of the mode; with `valid` (B, T) the text starts here and is constrained."""
+        if run.mode == "append":
+            alpha = torch.zeros_like(logits)
+        elif run.mode == "hard":
+            alpha = harden(logits)
         else:
-            paged = self._with_cache(query, stream, layer.page_size, damp)
-            out = choose(paged, wanted).attend(paged)
-        return self._project_out(out), None
+            alpha = relax(logits, temperature=run.temperature, method=run.relaxation)
+        alpha = alpha if valid is None else constrain(alpha, valid)
+        if run.recorder is not None:
+            run.recorder[self.layer_idx] = Decisions(alpha, omega, logits)
+        return alpha
 
     def _project_out(self, out: Tensor) -> Tensor:
         """(B, H, T, Dv) -> (B, T, hidden size)."""
@@ -100,10 +105,8 @@ class FoldedAttention:
         )  # fmt: skip
         return choose(call, wanted).step(call)
 
-    def _whole_text(
-        self, query: Tensor, tokens: Tokens, damp: Damping, run: FoldRun
-    ) -> ParallelCall:
-        """Without a cache: the text is all there is."""
+    def _whole_text(self, query: Tensor, tokens: Tokens, damp: Damping, run: FoldRun) -> Tensor:
+        """Without a cache: the text is all there is; (B, H, T, Dv)."""
         key, value = damp(rotate(tokens.key, tokens.cos, tokens.sin)), tokens.value
         merged_key, merged_value, delay = key, value, 0
         if run.mode != "append":
@@ -112,25 +115,27 @@ class FoldedAttention:
             )
             merged_key = damp(rotate(mean_key.to(key.dtype), tokens.cos, tokens.sin))
             merged_value, delay = mean_value.to(value.dtype), self.policy.delay
-        return ParallelCall(
+        call = ParallelCall(
             query=query, exact_key=key, exact_value=value, merged_key=merged_key,
             merged_value=merged_value, alpha=tokens.alpha, valid=tokens.valid, delay=delay,
             scaling=self.scaling, softcap=families.softcap(self),
         )  # fmt: skip
+        return choose(call).parallel(call)
 
     def _with_cache(
-        self, query: Tensor, stream: Stream, page_size: int, damp: Damping
-    ) -> PagedCall:
-        """After a cache: the new tokens see what it held and one another."""
+        self, query: Tensor, stream: Stream, cache: FoldedCache, damp: Damping
+    ) -> Tensor:
+        """After a cache: the new tokens see what it held and one another; (B, H, T, Dv)."""
         exact, opened = stream.exact, stream.open
-        return PagedCall(
-            query=query, pages=stream.pages, page_size=page_size, table=stream.table,
+        call = PagedCall(
+            query=query, pages=stream.pages, page_size=cache.page_size, table=stream.table,
             visible=stream.visible, open_key=damp(rotate(opened.key, opened.cos, opened.sin)),
             open_value=opened.value, open_valid=opened.valid,
             exact_key=damp(rotate(exact.key, exact.cos, exact.sin)), exact_value=exact.value,
             exact_valid=exact.valid, delay=self.policy.delay, scaling=self.scaling,
             softcap=families.softcap(self),
         )  # fmt: skip
+        return choose(call, cache.backend).attend(call)
 
 
 class Damping:
@@ -153,17 +158,6 @@ class Damping:
     def __call__(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
         return x if self.factors is None else x * self.factors
-
-
-def _alpha(logits: Tensor, run: FoldRun, valid: Tensor | None) -> Tensor:
-    """(B, K, T) of the mode; with `valid` (B, T) the text starts here and is constrained."""
-    if run.mode == "append":
-        return torch.zeros_like(logits)
-    if run.mode == "hard":
-        alpha = harden(logits)
-    else:
-        alpha = relax(logits, temperature=run.temperature, method=run.relaxation)
-    return alpha if valid is None else constrain(alpha, valid)
 
 
 def _can_step(layer: FoldedLayer, query: Tensor, new: Tokens) -> bool:

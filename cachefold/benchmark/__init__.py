@@ -1,0 +1,1 @@
+"""Speed and memory, measured beside dense transformers after a parity check."""
