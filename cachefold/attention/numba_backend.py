@@ -9,6 +9,7 @@ import functools
 import importlib.util
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -85,60 +86,54 @@ def _supports_shape(call: PagedCall | StepCall) -> tuple[bool, str]:
 def _shape(call: PagedCall | StepCall, kv_heads: int) -> Any:
     from cachefold.attention.numba_kernels import Shape
 
-    key_dim = call.query.shape[-1]
-    return Shape(
-        groups=call.query.shape[1] // kv_heads,
-        key_dim=key_dim,
-        value_dim=call.pages.shape[1] // call.page_size - key_dim,
-        page_size=call.page_size,
-        half=call.pages.dtype == torch.bfloat16,
-        softcap=call.softcap or 0.0,
-    )
+    key_dim, size = call.query.shape[-1], call.page_size
+    value_dim, half = call.pages.shape[1] // size - key_dim, call.pages.dtype == torch.bfloat16
+    groups = call.query.shape[1] // kv_heads
+    return Shape(groups, key_dim, value_dim, size, half, call.softcap or 0.0)
+
+
+def _fields(tensors: dict[str, Tensor], **sizes: int) -> dict[str, int]:
+    """The addresses of tensors beside sizes."""
+    return {name: tensor.data_ptr() for name, tensor in tensors.items()} | sizes
 
 
 def _decode(call: PagedCall) -> Tensor:
     """One query position, split over the threads."""
-    kv_heads, tokens = call.exact_key.shape[1:3]
+    tokens = call.exact_key.shape[2]
     near = slice(max(tokens - call.delay, 0), tokens)
-    return _attend_one(
-        _shape(call, kv_heads), call, call.table.contiguous(), call.visible.contiguous(),
-        query=call.query.contiguous(), open_key=call.open_key.contiguous(),
-        open_value=call.open_value.contiguous(), open_valid=call.open_valid.contiguous(),
-        exact_key=call.exact_key[:, :, near].contiguous(),
-        exact_value=call.exact_value[:, :, near].contiguous(),
-        exact_valid=call.exact_valid[:, near].contiguous(), wide=call.pages.dtype == torch.float32,
-    )  # fmt: skip
+    held = {
+        "query": call.query, "open_key": call.open_key, "open_value": call.open_value,
+        "open_valid": call.open_valid, "exact_key": call.exact_key[:, :, near],
+        "exact_value": call.exact_value[:, :, near], "exact_valid": call.exact_valid[:, near],
+        "visible": call.visible, "pages": call.pages, "table": call.table,
+    }  # fmt: skip
+    held = {name: tensor.contiguous() for name, tensor in held.items()}
+    return _attend_one(_shape(call, call.exact_key.shape[1]), call, held, 0)
 
 
 def _attend_one(
-    shape: Any, call: PagedCall | StepCall, table: Tensor, visible: Tensor, *, query: Tensor,
-    open_key: Tensor, open_value: Tensor, open_valid: Tensor, exact_key: Tensor,
-    exact_value: Tensor, exact_valid: Tensor, wide: bool,
-) -> Tensor:  # fmt: skip
-    """Runs the decode kernel; all contiguous; `wide` as in `make_decode`."""
+    shape: Any, call: PagedCall | StepCall, held: dict[str, Tensor], rotary: int, **more: int
+) -> Tensor:
+    """Runs the decode kernel on contiguous tensors by the names of its fields."""
     from cachefold.attention.numba_decode import Decode, make_decode
     from cachefold.attention.numba_kernels import float_bits, launch, work_nbytes
 
-    batch, heads = query.shape[:2]
-    kv_heads, columns = visible.shape[1], table.shape[2]
+    (batch, kv_heads, columns), heads = held["table"].shape, call.query.shape[1]
     threads = _threads(batch * kv_heads, batch * kv_heads * columns * call.page_size // 16)
     nbytes = work_nbytes(shape, shape.groups)
     part_nbytes = threads * batch * heads * (shape.value_dim + 2) * 4
     scratch = torch.empty(threads * nbytes + part_nbytes, dtype=torch.uint8)
-    out = torch.empty(batch, heads, 1, shape.value_dim, dtype=call.query.dtype)
-    fields = Decode(
-        query=query.data_ptr(), open_key=open_key.data_ptr(), open_value=open_value.data_ptr(),
-        open_valid=open_valid.data_ptr(), exact_key=exact_key.data_ptr(),
-        exact_value=exact_value.data_ptr(), exact_valid=exact_valid.data_ptr(),
-        visible=visible.data_ptr(), pages=call.pages.data_ptr(), table=table.data_ptr(),
-        work=scratch.data_ptr(), work_nbytes=nbytes, parts=scratch.data_ptr() + threads * nbytes,
-        out=out.data_ptr(), requests=batch, kv_heads=kv_heads,
-        num_exact=exact_valid.shape[1], columns=columns, threads=threads,
-        scaling=float_bits(call.scaling),
+    out = call.query.new_empty(batch, heads, 1, shape.value_dim)
+    fields = dict.fromkeys(Decode._fields, 0) | _fields(
+        held, work=scratch.data_ptr(), work_nbytes=nbytes, out=out.data_ptr(), requests=batch,
+        parts=scratch.data_ptr() + threads * nbytes, kv_heads=kv_heads, columns=columns,
+        num_exact=held["exact_valid"].shape[1], threads=threads,
+        scaling=float_bits(call.scaling), **more,
     )  # fmt: skip
-    attend_share, join = make_decode(shape, wide)
-    launch(attend_share, fields, threads)
-    launch(join, fields, 1)
+    packed = np.array([*fields.values()], dtype=np.int64)
+    attend_share, join = make_decode(shape, rotary)
+    launch(attend_share, packed.ctypes.data, threads)
+    launch(join, packed.ctypes.data, 1)
     return out
 
 
@@ -155,23 +150,21 @@ def _prefill(call: PagedCall) -> Tensor:
     kv_heads, threads = call.exact_key.shape[1], torch.get_num_threads()
     shape = _shape(call, kv_heads)
     nbytes = work_nbytes(shape, positions_per_pass(shape) * shape.groups)
-    held = {
-        name: getattr(call, name).contiguous()
-        for name in (
-            "query", "open_key", "open_value", "open_valid", "exact_key", "exact_value",
-            "exact_valid", "visible", "pages", "table",
-        )
-    }  # fmt: skip
-    scratch = torch.empty(threads * nbytes, dtype=torch.uint8)
-    out = torch.empty(batch, heads, queries, shape.value_dim, dtype=call.query.dtype)
-    fields = Prefill(
-        **{name: tensor.data_ptr() for name, tensor in held.items()},
-        work=scratch.data_ptr(), work_nbytes=nbytes, out=out.data_ptr(), requests=batch,
-        kv_heads=kv_heads, num_queries=queries, num_exact=call.exact_valid.shape[1],
-        columns=call.table.shape[2], delay=call.delay, threads=threads,
-        scaling=float_bits(call.scaling),
+    names = (
+        "query", "open_key", "open_value", "open_valid", "exact_key", "exact_value",
+        "exact_valid", "visible", "pages", "table",
     )  # fmt: skip
-    launch(make_prefill(shape), fields, threads)
+    held = {name: getattr(call, name).contiguous() for name in names}
+    scratch = torch.empty(threads * nbytes, dtype=torch.uint8)
+    out = call.query.new_empty(batch, heads, queries, shape.value_dim)
+    fields = Prefill(
+        **_fields(held), work=scratch.data_ptr(), work_nbytes=nbytes, out=out.data_ptr(),
+        requests=batch, kv_heads=kv_heads, num_queries=queries,
+        num_exact=call.exact_valid.shape[1], columns=call.table.shape[2], delay=call.delay,
+        threads=threads, scaling=float_bits(call.scaling),
+    )  # fmt: skip
+    packed = np.array(fields, dtype=np.int64)
+    launch(make_prefill(shape), packed.ctypes.data, threads)
     return out
 
 
@@ -181,33 +174,41 @@ def _ones(dim: int) -> Tensor:
 
 
 def _step(call: StepCall) -> Tensor:
+    new, ring, tail = call.new, call.ring, call.tail
+    batch, kv_heads, delay, key_dim = ring.key.shape
+    shape, cos, sin = _shape(call, kv_heads), new.cos.contiguous(), new.sin.contiguous()
+    rotary = cos.shape[-1]
+    factors = _ones(key_dim) if call.factors is None else call.factors.float().contiguous()
+    stride = rotary * cos.element_size() if cos.shape[0] > 1 else 0
+    _fold(call, shape, factors, stride)
+    exact = ring if delay else new
+    held = {
+        "query": call.query.contiguous(), "open_key": tail.key, "open_value": tail.value,
+        "open_valid": tail.valid, "exact_key": ring.key, "exact_value": ring.value,
+        "exact_valid": ring.valid, "visible": call.lengths, "pages": call.pages,
+        "table": call.table, "query_cos": cos, "query_sin": sin, "open_cos": tail.cos,
+        "open_sin": tail.sin, "exact_cos": exact.cos, "exact_sin": exact.sin, "factors": factors,
+    }  # fmt: skip
+    turn = call.turn.data_ptr() if delay else 0
+    return _attend_one(shape, call, held, rotary, query_stride=stride, turn=turn)
+
+
+def _fold(call: StepCall, shape: Any, factors: Tensor, stride: int) -> None:
+    """Runs the folding kernel, which leaves `turn` to the join of decoding."""
     from cachefold.attention.numba_fold import Fold, make_fold
     from cachefold.attention.numba_kernels import launch
 
     batch, kv_heads, delay, key_dim = call.ring.key.shape
-    shape, factors = _shape(call, kv_heads), _ones(key_dim)
-    if call.factors is not None:
-        factors = call.factors.float().contiguous()
-    query, new = call.query.contiguous(), [t.contiguous() for t in call.new.tensors()]
-    runs = [t.data_ptr() for t in (*new, *call.ring.tensors(), *call.tail.tensors())]
-    rotated_query = torch.empty(query.shape, dtype=torch.float32)
-    rotated_open = torch.empty(batch, kv_heads, 1, key_dim)
-    rotated_ring = torch.empty(batch, kv_heads, delay, key_dim)
+    threads = min(batch, torch.get_num_threads())
+    new = [tensor.contiguous() for tensor in call.new.tensors()]
+    runs = [tensor.data_ptr() for tensor in (*new, *call.ring.tensors(), *call.tail.tensors())]
     scratch = torch.empty(batch, key_dim + shape.value_dim)
-    cos, threads = call.new.cos, min(batch, torch.get_num_threads())
     fields = Fold(
-        *runs, query=query.data_ptr(), factors=factors.data_ptr(), turn=call.turn.data_ptr(),
+        *runs, factors=factors.data_ptr(), turn=call.turn.data_ptr(),
         pages=call.pages.data_ptr(), table=call.table.data_ptr(), lengths=call.lengths.data_ptr(),
-        rotated_query=rotated_query.data_ptr(), rotated_open=rotated_open.data_ptr(),
-        rotated_ring=rotated_ring.data_ptr(), scratch=scratch.data_ptr(), requests=batch,
-        columns=call.table.shape[2], threads=threads,
-        new_stride=cos.shape[-1] * cos.element_size() if cos.shape[0] > 1 else 0,
+        scratch=scratch.data_ptr(), requests=batch, columns=call.table.shape[2],
+        new_stride=stride, threads=threads,
     )  # fmt: skip
-    launch(make_fold(shape, cos.shape[-1], kv_heads, delay), fields, threads)
-    if delay:
-        call.turn.add_(1).remainder_(delay)
-    return _attend_one(
-        shape, call, call.table, call.lengths, query=rotated_query, open_key=rotated_open,
-        open_value=call.tail.value, open_valid=call.tail.valid, exact_key=rotated_ring,
-        exact_value=call.ring.value, exact_valid=call.ring.valid, wide=True,
-    )  # fmt: skip
+    packed = np.array(fields, dtype=np.int64)
+    kernel = make_fold(shape, call.new.cos.shape[-1], kv_heads, delay)
+    launch(kernel, packed.ctypes.data, threads)

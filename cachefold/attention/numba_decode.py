@@ -3,8 +3,8 @@
 All strips of all requests and heads are split evenly over the threads (split-K), so that heads
 of any length keep every core busy; a second pass joins the parts of a head.
 
-Legend: B requests, K kv heads, H query heads, D key dim, Dv value dim, N exact tokens, C columns
-of the block table.
+Legend: B requests, K kv heads, H query heads, D key dim, Dv value dim, R rotary dim, N exact
+tokens, C columns of the block table.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ from cachefold.attention.numba_kernels import (
     store_float,
     store_long,
 )
-from cachefold.attention.vectors import HIDDEN, LANES, make_copies
+from cachefold.attention.vectors import HIDDEN, LANES, make_copies, make_rotate
 
 OWN = 2
 """Work of a head besides its entries (ring, open entry), in strips."""
 
 
 class Decode(NamedTuple):
-    """Addresses, then sizes. Queries and keys are rotated, float32 or of the model."""
+    """Addresses, then sizes. What only a step has is 0 for a `PagedCall`, which comes rotated."""
 
     query: int
     """(B, H, D)"""
     open_key: int
-    """(B, K, D)"""
+    """(B, K, D), in a step float32"""
     open_value: int
-    """(B, K, Dv)"""
+    """(B, K, Dv), in a step float32"""
     open_valid: int
     """(B,) bool"""
     exact_key: int
     """(B, K, N, D)"""
     exact_value: int
-    """(B, K, N, Dv) of the model"""
+    """(B, K, N, Dv)"""
     exact_valid: int
     """(B, N) bool"""
     visible: int
@@ -58,6 +58,19 @@ class Decode(NamedTuple):
     pages: int
     table: int
     """(B, K, C) int32"""
+    query_cos: int
+    """(B or 1, R), of a step like all cos and sin"""
+    query_sin: int
+    open_cos: int
+    """(B, R)"""
+    open_sin: int
+    exact_cos: int
+    """(B, N, R)"""
+    exact_sin: int
+    factors: int
+    """(D,) float32, of a step"""
+    turn: int
+    """int64, of a step with a ring: which slot is the oldest; moved on in the end."""
     work: int
     """Scratch of every thread."""
     work_nbytes: int
@@ -70,6 +83,8 @@ class Decode(NamedTuple):
     kv_heads: int
     num_exact: int
     columns: int
+    query_stride: int
+    """Bytes between the cos of one request and the next for the queries; 0 = shared."""
     threads: int
     scaling: int
     """Bits of the float32."""
@@ -79,21 +94,23 @@ AT = offsets(Decode)
 
 
 @functools.cache
-def make_decode(shape: Shape, wide: bool) -> tuple[Any, Any]:
+def make_decode(shape: Shape, rotary: int) -> tuple[Any, Any]:
     """Two procedures of (fields of Decode, thread): each thread its share, then one joins.
 
     Args:
         shape: of the kernels.
-        wide: queries, open entries and exact keys are float32; else all is of the model.
+        rotary: R of a step, whose queries and keys are not rotated yet; 0 for a `PagedCall`.
     """
     groups, key_dim, value_dim = shape.groups, shape.key_dim, shape.value_dim
     size, at = 2 if shape.half else 4, make_work(shape, groups)
-    part_bytes = (value_dim + 2) * 4
+    part_bytes, rotary_bytes = (value_dim + 2) * 4, rotary * size
     factor = np.float32(1.0 if shape.softcap else LOG2_E)
-    begin, see_entries, see_tokens, _ = make_passes(shape, groups)
+    begin, see_entries, see_tokens, inverse = make_passes(shape, groups)
     plain, copies = make_copies(False), make_copies(shape.half)
     copy, widen, narrow = plain.widen, copies.widen, copies.narrow
-    read, read_size = (copy, 4) if wide else (widen, size)
+    rotate = make_rotate(key_dim, rotary, shape.half, shape.half)
+    rotate_open = make_rotate(key_dim, rotary, shape.half, False)
+    read_open, open_size = (copy, 4) if rotary else (widen, size)
 
     @compiled
     def extent(d: int, head: int) -> int:
@@ -107,44 +124,70 @@ def make_decode(shape: Shape, wide: bool) -> tuple[Any, Any]:
         return whole
 
     @compiled
-    def ask(d: int, work: int, head: int) -> None:
-        query, scale = work + at.query, load_float(d + AT.scaling) * factor
-        place = head * groups * key_dim * read_size
-        read(item(d, AT.query, place), groups * key_dim, query)
+    def ask(d: int, work: int, head: int, request: int) -> None:
+        query, place = work + at.query, head * groups * key_dim
+        if rotary:
+            shared = request * load_long(d + AT.query_stride)
+            cos, sin = item(d, AT.query_cos, shared), item(d, AT.query_sin, shared)
+            for g in range(groups):
+                source = item(d, AT.query, (place + g * key_dim) * size)
+                rotate(source, cos, sin, load_long(d + AT.factors), query + g * key_dim * 4)
+        else:
+            widen(item(d, AT.query, place * size), groups * key_dim, query)
+        scale = load_float(d + AT.scaling) * factor
         for i in range(groups * key_dim):
             store_float(query + i * 4, load_float(query + i * 4) * scale)
         store_long(work + at.visible, load_long(item(d, AT.visible, head * 8)))
 
     @compiled
-    def see_open(d: int, work: int, head: int) -> None:
+    def see_open(d: int, work: int, head: int, request: int) -> None:
         """The open entry, which opens the softmax as well; nothing of it if there is none."""
-        key, request = 0, head // load_long(d + AT.kv_heads)
+        key, source = 0, item(d, AT.open_key, head * key_dim * open_size)
         if load_byte(item(d, AT.open_valid, request)) != 0:
             key = work + at.keys
-            read(item(d, AT.open_key, head * key_dim * read_size), key_dim, key)
-            value = item(d, AT.open_value, head * value_dim * read_size)
-            read(value, value_dim, work + at.values)
+            if rotary:
+                cos = item(d, AT.open_cos, request * rotary_bytes)
+                sin = item(d, AT.open_sin, request * rotary_bytes)
+                rotate_open(source, cos, sin, load_long(d + AT.factors), key)
+            else:
+                widen(source, key_dim, key)
+            value = item(d, AT.open_value, head * value_dim * open_size)
+            read_open(value, value_dim, work + at.values)
         begin(work, 0, key, work + at.values)
 
     @compiled
-    def see_exact(d: int, work: int, head: int) -> None:
-        total, request = load_long(d + AT.num_exact), head // load_long(d + AT.kv_heads)
+    def read_keys(d: int, work: int, head: int, request: int, first: int, count: int) -> None:
+        total = load_long(d + AT.num_exact)
+        source = item(d, AT.exact_key, (head * total + first) * key_dim * size)
+        if rotary:
+            for token in range(count):
+                place = (request * total + first + token) * rotary_bytes
+                cos, sin = item(d, AT.exact_cos, place), item(d, AT.exact_sin, place)
+                target = work + at.keys + token * key_dim * 4
+                key = source + token * key_dim * size
+                rotate(key, cos, sin, load_long(d + AT.factors), target)
+        else:
+            widen(source, count * key_dim, work + at.keys)
+
+    @compiled
+    def see_exact(d: int, work: int, head: int, request: int) -> None:
+        total = load_long(d + AT.num_exact)
         valid = item(d, AT.exact_valid, request * total)
         for first in range(0, total, BLOCK * LANES):
-            count, place = min(BLOCK * LANES, total - first), head * total + first
-            keys = item(d, AT.exact_key, place * key_dim * read_size)
-            values = item(d, AT.exact_value, place * value_dim * size)
-            read(keys, count * key_dim, work + at.keys)
+            count = min(BLOCK * LANES, total - first)
+            read_keys(d, work, head, request, first, count)
+            values = item(d, AT.exact_value, (head * total + first) * value_dim * size)
             widen(values, count * value_dim, work + at.values)
             see_tokens(work, count, first, total - 1, total, valid)
 
     @procedure
     def attend_head(d: int, work: int, head: int, low: int, high: int) -> None:
         """Does [low, high) of the extent of a head."""
-        ask(d, work, head)
+        request = head // load_long(d + AT.kv_heads)
+        ask(d, work, head, request)
         if low == 0:
-            see_open(d, work, head)
-            see_exact(d, work, head)
+            see_open(d, work, head, request)
+            see_exact(d, work, head, request)
         else:
             begin(work, 0, 0, work)
         table = item(d, AT.table, head * load_long(d + AT.columns) * 4)
@@ -168,6 +211,15 @@ def make_decode(shape: Shape, wide: bool) -> tuple[Any, Any]:
             store_float(part + 4, total)
             copy(work + at.sums + g * value_dim * 4, value_dim, part + 8)
 
+    @compiled
+    def finish(d: int, work: int, head: int) -> None:
+        """Writes the output of a head that one thread did whole."""
+        for g in range(groups):
+            sums, share = work + at.sums + g * value_dim * 4, inverse(work, g)
+            for i in range(value_dim):
+                store_float(sums + i * 4, load_float(sums + i * 4) * share)
+            narrow(sums, value_dim, item(d, AT.out, (head * groups + g) * value_dim * size))
+
     @procedure
     def attend_share(d: int, thread: int) -> None:
         whole, threads = whole_extent(d), load_long(d + AT.threads)
@@ -178,7 +230,10 @@ def make_decode(shape: Shape, wide: bool) -> tuple[Any, Any]:
             first, last = max(low - start, 0), min(high - start, here)
             if first < last:
                 attend_head(d, work, head, first, last)
-                keep(d, work, head, thread)
+                if last - first == here:
+                    finish(d, work, head)
+                else:
+                    keep(d, work, head, thread)
             start += here
 
     @compiled
@@ -212,8 +267,11 @@ def make_decode(shape: Shape, wide: bool) -> tuple[Any, Any]:
             high = low + 1
             while high < threads and high * whole // threads < end:
                 high += 1
-            for g in range(groups):
+            for g in range(groups if high - low > 1 else 0):
                 join_row(d, head * groups + g, low, high)
             start = end
+        turn = load_long(d + AT.turn)
+        if turn:
+            store_long(turn, (load_long(turn) + 1) % load_long(d + AT.num_exact))
 
     return attend_share, join

@@ -1,8 +1,8 @@
-"""Folds one token per request on the CPU and rotates what decode attention asks for.
+"""Folds one token per request on the CPU.
 
 The same as `reference.fold`, in place, in one pass over requests and heads.
 
-Legend: B requests, K kv heads, G query heads per kv head, D key dim, Dv value dim, R rotary dim,
+Legend: B requests, K kv heads, D key dim, Dv value dim, R rotary dim,
 w delay, C columns of the block table.
 """
 
@@ -52,23 +52,15 @@ class Fold(NamedTuple):
     tail_alpha: int
     tail_omega: int
     tail_valid: int
-    query: int
-    """(B, H, D) of the model"""
     factors: int
     """(D,) float32"""
     turn: int
-    """int64; the caller moves it on."""
+    """int64; the join after decoding moves it on."""
     pages: int
     table: int
     """(B, K, C) int32"""
     lengths: int
     """(B, K) int64"""
-    rotated_query: int
-    """(B, H, D) float32, written"""
-    rotated_open: int
-    """(B, K, D) float32, written"""
-    rotated_ring: int
-    """(B, K, w, D) float32, written"""
     scratch: int
     """(B, D + Dv) float32"""
     requests: int
@@ -87,7 +79,7 @@ KEY, VALUE, COS, SIN, ALPHA, OMEGA, VALID = range(0, 56, 8)
 @functools.cache
 def make_fold(shape: Shape, rotary: int, kv_heads: int, delay: int) -> Any:
     """A procedure of (fields of Fold, thread) for R = `rotary`, a multiple of 32."""
-    groups, key_dim, value_dim = shape.groups, shape.key_dim, shape.value_dim
+    key_dim, value_dim = shape.key_dim, shape.value_dim
     size, page_size = 2 if shape.half else 4, shape.page_size
     key_bytes = page_size * key_dim * size
     page_bytes = key_bytes + page_size * value_dim * size
@@ -95,7 +87,6 @@ def make_fold(shape: Shape, rotary: int, kv_heads: int, delay: int) -> Any:
     # Without a ring the token that leaves is the new one itself.
     leaves, slots = (RING, delay) if delay else (NEW, 1)
     widen, narrow, scatter = make_copies(shape.half)
-    rotate = make_rotate(key_dim, rotary, shape.half, shape.half)
     rotate_wide = make_rotate(key_dim, rotary, shape.half, False)
     blend = make_blend(shape.half)
 
@@ -186,26 +177,6 @@ def make_fold(shape: Shape, rotary: int, kv_heads: int, delay: int) -> Any:
             move(f, NEW, shared, RING, place * rotary_bytes, request)
             store_byte(item(f, RING + VALID, place), load_byte(item(f, NEW + VALID, request)))
 
-    @compiled
-    def turn_head(f: int, head: int, request: int) -> None:
-        """Rotates queries, open entry and ring of a head."""
-        factors, shared = load_long(f + AT.factors), request * load_long(f + AT.new_stride)
-        cos, sin = item(f, NEW + COS, shared), item(f, NEW + SIN, shared)
-        for row in range(head * groups, (head + 1) * groups):
-            source = item(f, AT.query, row * key_dim * size)
-            rotate(source, cos, sin, factors, item(f, AT.rotated_query, row * key_dim * 4))
-        place = head * key_dim * 4
-        cos = item(f, TAIL + COS, request * rotary_bytes)
-        sin = item(f, TAIL + SIN, request * rotary_bytes)
-        source = item(f, TAIL + KEY, place)
-        rotate_wide(source, cos, sin, factors, item(f, AT.rotated_open, place))
-        for token in range(delay):
-            cos = item(f, RING + COS, (request * delay + token) * rotary_bytes)
-            sin = item(f, RING + SIN, (request * delay + token) * rotary_bytes)
-            place = (head * delay + token) * key_dim
-            source = item(f, RING + KEY, place * size)
-            rotate(source, cos, sin, factors, item(f, AT.rotated_ring, place * 4))
-
     @procedure
     def fold(f: int, thread: int) -> None:
         slot, threads = load_long(load_long(f + AT.turn)), load_long(f + AT.threads)
@@ -215,7 +186,5 @@ def make_fold(shape: Shape, rotary: int, kv_heads: int, delay: int) -> Any:
                 if delay:
                     enter_head(f, head, request, slot)
             enter_request(f, request, slot if delay else 0)
-            for head in range(request * kv_heads, (request + 1) * kv_heads):
-                turn_head(f, head, request)
 
     return fold

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+import struct
+import sys
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,7 +49,7 @@ def procedure(function: Any) -> Any:
     signature = types.void(*[types.int64] * count)
     compiled_once = cfunc(signature, nopython=True, error_model="numpy")(function)
     pointer = compiled_once.ctypes
-    pointer.compiled = compiled_once  # the code must live as long as its address
+    pointer.compiled, pointer.address = compiled_once, compiled_once.address  # code must live on
     return pointer
 
 
@@ -58,19 +59,18 @@ def _launch(kernel: int, call: int, threads: int) -> None:
         call_at(kernel, call, thread)
 
 
-def launch(kernel: Any, fields: tuple[int, ...], threads: int) -> None:
+def launch(kernel: Any, call: int, threads: int) -> None:
     """Runs kernel(call, thread), a procedure, on so many threads at once.
 
     Args:
         kernel: reads its fields at `call + AT.name`, as `offsets` says.
-        fields: addresses and sizes.
+        call: address of the fields in int64.
         threads: 1 runs here, without waking any other.
     """
-    call = np.array(fields, dtype=np.int64)
     if threads == 1:
-        kernel(call.ctypes.data, 0)
+        kernel(call, 0)
     else:
-        _launch(kernel.compiled.address, call.ctypes.data, threads)
+        _launch(kernel.address, call, threads)
 
 
 @compiled
@@ -86,11 +86,10 @@ def offsets(kind: Any) -> Any:
 
 def float_bits(number: float) -> int:
     """The bits of a float32, for `load_float` at the offset of a field."""
-    return int(np.float32(number).view(np.int32))
+    return int.from_bytes(struct.pack("=f", number), sys.byteorder)
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """What a kernel is compiled for."""
 
     groups: int

@@ -221,7 +221,7 @@ def chunk_call(call: StepCall, queries: int, seed: int) -> PagedCall:
 
     >>> step = step_call(Shape(), 1, 64, 2.0, torch.float32, "cpu", seed=0)
     >>> chunk_call(step, 4, seed=0).visible[0, 0].tolist(), step.lengths[0, 0].item()
-    ([14, 15, 15, 16], 16)
+    ([21, 21, 22, 22], 22)
     """
     batch, kv_heads = call.lengths.shape
     heads, delay, dim = call.query.shape[1], call.ring.valid.shape[1], call.query.shape[-1]
