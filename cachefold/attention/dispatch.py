@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from cachefold.attention import torch_native
 from cachefold.attention.call import PagedCall, ParallelCall, StepCall
 from cachefold.core.names import closest
 
@@ -82,6 +83,8 @@ def choose(call: Call, wanted: str = "auto") -> Backend:
     >>> choose(call, "reference").name
     'reference'
     """
+    if type(call) is StepCall and torch.compiler.is_compiling():
+        return _traceable(wanted)
     if wanted != "auto":
         check_name(wanted)
         backend, reason = _attempt(wanted, call)
@@ -97,6 +100,16 @@ def choose(call: Call, wanted: str = "auto") -> Backend:
             return backend
         _tell_refusal(name, reason, call.query.device.type)
     raise AssertionError("reference computes every call")
+
+
+def _traceable(wanted: str) -> Backend:
+    """The backend of a compiled step: nothing is imported, asked or logged inside a graph."""
+    if wanted not in ("auto", "torch"):
+        raise ValueError(
+            f"torch.compile can't look into backend {wanted!r}; make the cache with "
+            'backend="torch" or "auto", or do not compile the step'
+        )
+    return torch_native.BACKEND
 
 
 def check_name(name: str) -> None:

@@ -47,7 +47,7 @@ def procedure(function: Any) -> Any:
     """
     count = function.__code__.co_argcount
     signature = types.void(*[types.int64] * count)
-    compiled_once = cfunc(signature, nopython=True, error_model="numpy")(function)
+    compiled_once = cfunc(signature, error_model="numpy")(function)
     pointer = compiled_once.ctypes
     pointer.compiled, pointer.address = compiled_once, compiled_once.address  # code must live on
     return pointer
@@ -56,7 +56,7 @@ def procedure(function: Any) -> Any:
 @njit(nogil=True, error_model="numpy", parallel=True)
 def _launch(kernel: int, call: int, threads: int) -> None:
     for thread in prange(threads):
-        call_at(kernel, call, thread)
+        call_at(kernel, call, thread)  # type: ignore[call-arg]
 
 
 def launch(kernel: Any, call: int, threads: int) -> None:
@@ -127,7 +127,7 @@ def make_work(shape: Shape, rows: int) -> Work:
     starts = [0]
     for size in sizes:
         starts.append(starts[-1] + -(-size // 64) * 64)
-    return Work(*starts, starts[-1] + BLOCK * LANES * shape.key_dim * 4)
+    return Work._make([*starts, starts[-1] + BLOCK * LANES * shape.key_dim * 4])
 
 
 def work_nbytes(shape: Shape, rows: int) -> int:
@@ -250,7 +250,7 @@ def make_passes(shape: Shape, rows: int) -> Passes:
         weigh_tokens(scores, stride, values, count, work + at.sums, values)
 
     @compiled
-    def inverse(work: int, row: int) -> float:
+    def inverse(work: int, row: int) -> np.float32:
         total = np.float32(0.0)
         for lane in range(LANES):
             total += load_float(work + at.total + (row * LANES + lane) * 4)

@@ -35,6 +35,8 @@ class Copies:
     """Independent layers of one variant, visited one after the other."""
 
     backend: Backend
+    reading: Backend
+    """Of attention alone; another one where `backend` has only steps."""
     calls: list[StepCall]
     reads: list[PagedCall]
     """The same entries as calls for attention alone."""
@@ -51,7 +53,7 @@ class Copies:
     def attend(self) -> None:
         """Attends in every layer and folds nothing."""
         for call in self.reads:
-            self.backend.attend(call)
+            self.reading.attend(call)
 
 
 @dataclass(slots=True)
@@ -126,10 +128,9 @@ def _copies(build: Callable[..., StepCall], shape: Shape, config: BenchConfig) -
     count = _count(nbytes, shape.layers)
     calls = [first, *(build(seed=config.seed + i) for i in range(1, count))]
     backend, reads = choose(first, config.backend), [paged_call(call) for call in calls]
-    choose(reads[0], backend.name)
     # Taken before any step: the entries grow by up to one with each.
     kept = float(first.lengths.float().mean()) + shape.delay + 1
-    return Copies(backend, calls, reads, nbytes, kept)
+    return Copies(backend, choose(reads[0], config.backend), calls, reads, nbytes, kept)
 
 
 def _count(nbytes: int, layers: int) -> int:

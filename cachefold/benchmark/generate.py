@@ -17,13 +17,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
-from cachefold.attention.dispatch import choose
 from cachefold.benchmark import imposed
 from cachefold.benchmark.config import BenchConfig, check_room
 from cachefold.benchmark.machine import Bandwidth, available_bytes, device
 from cachefold.benchmark.models import Pair
 from cachefold.benchmark.parity import check_backend
-from cachefold.benchmark.synthetic import Shape, step_call
 from cachefold.benchmark.timing import Times, contenders, elapsed_ms, interleave
 
 MEMORY_SHARE = 0.8
@@ -72,13 +70,16 @@ def measure(
     check_room(grid.context, grid.cr, pairs[0].shape.delay)
     for context in grid.context:
         for batch in grid.batch:
-            for pair in pairs:
-                check_backend(
+            backends = {
+                pair.dtype: check_backend(
                     pair.shape, config.backend, getattr(torch, pair.dtype), device(), batch=batch,
                     tokens=context, cr=grid.cr[-1], seed=config.seed,
-                )  # fmt: skip
+                ).decode
+                for pair in pairs
+            }  # fmt: skip
             for ratios in _loops(pairs, batch, context, grid.cr):
-                yield from _measure(config, pairs, batch, context, ratios, bandwidth)
+                for row in _measure(config, pairs, batch, context, ratios, bandwidth):
+                    yield row | {"backend": backends[row["dtype"]]}
 
 
 def _loops(
@@ -166,8 +167,7 @@ def _row(
     rate = {name: 1e3 * batch / one.median for name, one in times.items()}
     return {
         "kind": "generate", "batch": batch, "context": context, "cr": ratio, "cr_imposed": True,
-        "cr_kept": cache.compression_ratio(), "backend": _backend(pair.shape, pair.dtype, config),
-        "dtype": pair.dtype, "tokens_per_s": rate[best],
+        "cr_kept": cache.compression_ratio(), "dtype": pair.dtype, "tokens_per_s": rate[best],
         "tokens_per_s_low": 1e3 * batch / ours[best].high,
         "tokens_per_s_high": 1e3 * batch / ours[best].low,
         "dense_tokens_per_s": rate[rival], "dense_variant": rival.removeprefix("dense "),
@@ -180,8 +180,3 @@ def _row(
            for name in (*ours, *dense)},
         "steps": config.steps, "repeats": len(ours[best].ms),
     }  # fmt: skip
-
-
-def _backend(shape: Shape, dtype: str, config: BenchConfig) -> str:
-    call = step_call(shape, 1, 4 * shape.delay + 8, 1.5, getattr(torch, dtype), device(), seed=0)
-    return choose(call, config.backend).name

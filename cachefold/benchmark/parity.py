@@ -6,7 +6,7 @@ Legend: B batch, H query heads, T tokens, Dv value dim.
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,13 @@ CHUNK = 40
 """Tokens of the chunk of a prefill that is compared."""
 
 
+class Backends(NamedTuple):
+    """Names of the backends that were checked."""
+
+    decode: str
+    prefill: str
+
+
 class ParityError(RuntimeError):
     """A backend differs from the reference; no figure may be shown."""
 
@@ -45,7 +52,7 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
 def check_backend(
     shape: Shape, wanted: str, dtype: torch.dtype, device: torch.device,
     *, batch: int, tokens: int, cr: float, seed: int,
-) -> Backend:  # fmt: skip
+) -> Backends:  # fmt: skip
     """Compares a backend with the reference: a small case whole, the last row of the asked one.
 
     Args:
@@ -59,7 +66,7 @@ def check_backend(
         seed: of both cases.
 
     Returns:
-        The backend.
+        The backends that the calls went to.
 
     Raises:
         ParityError: they differ.
@@ -67,8 +74,8 @@ def check_backend(
 
     >>> cpu = torch.device("cpu")
     >>> check_backend(
-    ...     Shape(), "reference", torch.float32, cpu, batch=1, tokens=64, cr=2.0, seed=0).name
-    'reference'
+    ...     Shape(), "reference", torch.float32, cpu, batch=1, tokens=64, cr=2.0, seed=0)
+    Backends(decode='reference', prefill='reference')
     """
     small = max(3 * (shape.delay + 2), 4 * shape.page_size)
     for rows, size, ratio in ((2, small, 1.5), (batch, tokens, cr)):
@@ -78,16 +85,18 @@ def check_backend(
         case = f"batch {rows}, context {size}, cr {ratio:g}, {str(dtype).removeprefix('torch.')}"
         backend = choose(call, wanted)
         row = rows - 1
-        _check_attend(backend, call, row, case)
+        prefill = _check_attend(wanted, call, row, case)
         _check_steps(backend, call, row, case)
-    return backend
+    return Backends(backend.name, prefill.name)
 
 
-def _check_attend(backend: Backend, call: StepCall, row: int, case: str) -> None:
+def _check_attend(wanted: str, call: StepCall, row: int, case: str) -> Backend:
+    """Returns the backend of the prefill."""
     for name, paged in (("attention", paged_call(call)), ("prefill", chunk_call(call, CHUNK, 1))):
-        got = choose(paged, backend.name).attend(paged)[row]
-        wanted = reference.attend(_copied_paged(paged, row))[0]
-        _compare(got, wanted, call.pages.dtype, f"{case}: backend {backend.name}, {name}")
+        backend = choose(paged, wanted)
+        got, exact = backend.attend(paged), reference.attend(_copied_paged(paged, row))
+        _compare(got[row], exact[0], call.pages.dtype, f"{case}: backend {backend.name}, {name}")
+    return backend
 
 
 def _check_steps(backend: Backend, call: StepCall, row: int, case: str) -> None:

@@ -60,15 +60,18 @@ def measure(config: BenchConfig, pairs: list[Pair]) -> Iterator[dict[str, Any]]:
     check_room(grid.context, grid.cr, pairs[0].shape.delay)
     for context in grid.context:
         for batch in grid.batch:
-            for pair in pairs:
-                check_backend(
+            backends = {
+                pair.dtype: check_backend(
                     pair.shape, config.backend, getattr(torch, pair.dtype), device(), batch=batch,
                     tokens=context, cr=grid.cr[-1], seed=config.seed,
-                )  # fmt: skip
+                ).prefill
+                for pair in pairs
+            }  # fmt: skip
             times = _times(config, pairs, batch, context, grid.cr)
             peaks: dict[str, dict[str, Any]] = {}
             for ratio in grid.cr:
-                yield _row(config, times, peaks, (batch, context, ratio))
+                row = _row(config, times, peaks, (batch, context, ratio))
+                yield row | {"backend": backends[row["dtype"]]}
 
 
 def _times(
@@ -145,7 +148,7 @@ def _row(
         per_dtype[f"{key}_peak_bytes"] = peaks[name]["peak_bytes"]
     return {
         "kind": "prefill", "batch": batch, "context": context, "cr": ratio, "cr_imposed": True,
-        "cr_kept": peaks[best]["cr_kept"], "backend": config.backend, "dtype": dtype,
+        "cr_kept": peaks[best]["cr_kept"], "dtype": dtype,
         "ms": times[best].median, "ms_low": times[best].low, "ms_high": times[best].high,
         "tokens_per_s": 1e3 * batch * context / times[best].median,
         "dense_ms": times[rival].median, "dense_variant": rival.removeprefix("dense "),

@@ -121,7 +121,8 @@ class FoldedLayer(FoldedState):
         Raises:
             ValueError: as for `extend`; before anything changed in place.
         """
-        if self.limit is None:
+        # A compiled step takes no pages, so that it can't go over a limit.
+        if self.limit is None or torch.compiler.is_compiling():
             return self._step(new, run, padded)
         with self.limit.step(self):
             return self._step(new, run, padded)
@@ -130,6 +131,11 @@ class FoldedLayer(FoldedState):
         assert self.can_step and self.valid_seen is not None
         self._check(new)
         if not self.ahead:
+            if torch.compiler.is_compiling():
+                raise ValueError(
+                    "a compiled step can't take pages, and those of this cache are used up; call "
+                    "cache.reserve(tokens) before the first compiled step, for all of them"
+                )
             self._look_ahead()
         out = run(self)
         self.ahead -= 1

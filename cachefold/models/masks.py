@@ -27,6 +27,8 @@ def valid_tokens(
         ValueError: a mask of another kind, or one that keeps several texts in a row apart.
     """
     if attention_mask is None:
+        if torch.compiler.is_compiling():  # a graph sees through the cache of the next line
+            return torch.ones(batch, tokens, dtype=torch.bool, device=device)
         return _all_valid(batch, tokens, device)
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() not in (2, 4):
         raise ValueError(

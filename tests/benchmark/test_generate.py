@@ -28,6 +28,7 @@ def test_rows(pair):
         assert row["tokens_per_s"] == row["folded_float32_tokens_per_s"] > 0
         assert row["tokens_per_s_low"] <= row["tokens_per_s"] <= row["tokens_per_s_high"]
         assert row["dense_cache_bytes"] == 2 * 108 * 2 * 2 * 16 * 4
+        assert row["backend"] == "reference" and row["dtype"] == "float32"
         assert row["cr_kept"] == pytest.approx(row["cr"], rel=0.05) and row["cr_imposed"]
         ideal = row["dense_cache_bytes"] / row["cr_kept"]
         assert row["cache_overhead"] == pytest.approx(row["cache_bytes"] / ideal)

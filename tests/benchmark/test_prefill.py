@@ -36,6 +36,7 @@ def test_rows(base, pair, monkeypatch):
         assert row["peak_bytes"] == 100 + row["cr"] and row["dense_peak_bytes"] == 100
         assert row["tokens_per_s"] == pytest.approx(2 * 96 / row["ms"] * 1e3)
         assert row["dense_variant"] == "float32" and row["cr_imposed"]
+        assert row["backend"] == "reference" and row["dtype"] == "float32"
 
 
 def test_a_process_of_its_own(base):
