@@ -9,7 +9,7 @@ Legend: B batch, H query heads, K kv heads, G = H / K, T tokens, D head dim.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from cachefold.attention.dispatch import Backend, choose
 from cachefold.benchmark.config import BenchConfig, check_room
 from cachefold.benchmark.machine import Bandwidth, Reader, device, last_level_cache
 from cachefold.benchmark.parity import check_backend
-from cachefold.benchmark.synthetic import Shape, moved_nbytes, paged_call, step_call
+from cachefold.benchmark.synthetic import Case, Shape, moved_nbytes, paged_call, step_call
 from cachefold.benchmark.timing import Times, interleave
 
 SDPA_DTYPES = (torch.bfloat16, torch.float32)
@@ -57,7 +57,7 @@ class Copies:
 
 
 @dataclass(slots=True)
-class Case:
+class Loop:
     """All variants of one batch and context, by name, with how many calls each makes."""
 
     copies: dict[float, Copies]
@@ -94,43 +94,42 @@ def measure(
     for context in grid.context:
         for batch in grid.batch:
             for cr in grid.cr:
-                check_backend(
-                    shape, config.backend, dtype, device(), batch=batch, tokens=context, cr=cr,
-                    seed=config.seed,
-                )  # fmt: skip
-            case = _case(config, shape, batch, context, dtype)
-            times = interleave(case.variants, grid.repeats, before=reader.read)
-            times = {name: times[name].per(case.counts[name]) for name in times}
+                asked = Case(batch, context, cr, config.seed)
+                check_backend(shape, config.backend, dtype, device(), asked)
+            loop = _loop(config, shape, batch, context, dtype)
+            times = interleave(loop.variants, grid.repeats, before=reader.read)
+            times = {name: times[name].per(loop.counts[name]) for name in times}
             for cr in grid.cr:
-                yield _row(config, case, times, batch, context, cr, bandwidth)
+                yield _row(config, loop, times, batch, context, cr, bandwidth)
 
 
-def _case(config: BenchConfig, shape: Shape, batch: int, context: int, dtype: torch.dtype) -> Case:
+def _loop(config: BenchConfig, shape: Shape, batch: int, context: int, dtype: torch.dtype) -> Loop:
     grid = config.grid("attention")
     steps = grid.repeats + WARM_UP
-    case = Case({})
+    loop = Loop({})
     for cr in sorted({1.0, *grid.cr}):
-        build = partial(step_call, shape, batch, context, cr, dtype, device(), steps=steps)
-        copies = case.copies[cr] = _copies(build, shape, config)
-        case.add(f"folded {cr:g}", copies.step, len(copies.calls))
-        case.add(f"attend {cr:g}", copies.attend, len(copies.reads))
+        case = Case(batch, context, cr, config.seed)
+        copies = loop.copies[cr] = _copies(shape, case, dtype, steps, config.backend)
+        loop.add(f"folded {cr:g}", copies.step, len(copies.calls))
+        loop.add(f"attend {cr:g}", copies.attend, len(copies.reads))
     for dense_dtype in SDPA_DTYPES:
         for packed in (False, True):
             name = f"sdpa{' packed' if packed else ''} {_short(dense_dtype)}"
             runs = _sdpa(shape, batch, context, dense_dtype, packed, config.seed)
-            case.add(name, partial(_all, runs), len(runs))
-    return case
+            loop.add(name, partial(_all, runs), len(runs))
+    return loop
 
 
-def _copies(build: Callable[..., StepCall], shape: Shape, config: BenchConfig) -> Copies:
-    first = build(seed=config.seed)
-    nbytes = moved_nbytes(first)
-    count = _count(nbytes, shape.layers)
-    calls = [first, *(build(seed=config.seed + i) for i in range(1, count))]
-    backend, reads = choose(first, config.backend), [paged_call(call) for call in calls]
+def _copies(shape: Shape, case: Case, dtype: torch.dtype, steps: int, wanted: str) -> Copies:
+    first = step_call(shape, case, dtype, device(), steps=steps)
+    nbytes, calls = moved_nbytes(first), [first]
+    for i in range(1, _count(nbytes, shape.layers)):
+        other = replace(case, seed=case.seed + i)
+        calls.append(step_call(shape, other, dtype, device(), steps=steps))
+    reads = [paged_call(call) for call in calls]
     # Taken before any step: the entries grow by up to one with each.
     kept = float(first.lengths.float().mean()) + shape.delay + 1
-    return Copies(backend, choose(reads[0], config.backend), calls, reads, nbytes, kept)
+    return Copies(choose(first, wanted), choose(reads[0], wanted), calls, reads, nbytes, kept)
 
 
 def _count(nbytes: int, layers: int) -> int:
@@ -168,10 +167,10 @@ def _all(runs: list[Callable[[], Tensor]]) -> None:
 
 
 def _row(
-    config: BenchConfig, case: Case, times: dict[str, Times], batch: int, context: int, cr: float,
+    config: BenchConfig, loop: Loop, times: dict[str, Times], batch: int, context: int, cr: float,
     bandwidth: Bandwidth,
 ) -> dict[str, Any]:  # fmt: skip
-    copies, ours = case.copies[cr], times[f"folded {cr:g}"]
+    copies, ours = loop.copies[cr], times[f"folded {cr:g}"]
     dense = times["folded 1"].median
     sdpa = {name: times[f"sdpa {name}"].median for name in map(_short, SDPA_DTYPES)}
     packed = min(times[f"sdpa packed {name}"].median for name in sdpa)

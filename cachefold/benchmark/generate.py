@@ -22,6 +22,7 @@ from cachefold.benchmark.config import BenchConfig, check_room
 from cachefold.benchmark.machine import Bandwidth, available_bytes, device
 from cachefold.benchmark.models import Pair
 from cachefold.benchmark.parity import check_backend
+from cachefold.benchmark.synthetic import Case
 from cachefold.benchmark.timing import Times, contenders, elapsed_ms, interleave
 
 MEMORY_SHARE = 0.8
@@ -70,10 +71,10 @@ def measure(
     check_room(grid.context, grid.cr, pairs[0].shape.delay)
     for context in grid.context:
         for batch in grid.batch:
+            asked = Case(batch, context, grid.cr[-1], config.seed)
             backends = {
                 pair.dtype: check_backend(
-                    pair.shape, config.backend, getattr(torch, pair.dtype), device(), batch=batch,
-                    tokens=context, cr=grid.cr[-1], seed=config.seed,
+                    pair.shape, config.backend, getattr(torch, pair.dtype), device(), asked
                 ).decode
                 for pair in pairs
             }  # fmt: skip

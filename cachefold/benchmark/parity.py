@@ -14,7 +14,7 @@ from torch import Tensor
 from cachefold.attention import reference
 from cachefold.attention.call import PagedCall, StepCall
 from cachefold.attention.dispatch import Backend, choose
-from cachefold.benchmark.synthetic import Shape, chunk_call, paged_call, step_call
+from cachefold.benchmark.synthetic import Case, Shape, chunk_call, paged_call, step_call
 from cachefold.core.pages import gather
 from cachefold.core.tokens import Tokens
 
@@ -50,9 +50,8 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
 
 
 def check_backend(
-    shape: Shape, wanted: str, dtype: torch.dtype, device: torch.device,
-    *, batch: int, tokens: int, cr: float, seed: int,
-) -> Backends:  # fmt: skip
+    shape: Shape, wanted: str, dtype: torch.dtype, device: torch.device, asked: Case
+) -> Backends:
     """Compares a backend with the reference: a small case whole, the last row of the asked one.
 
     Args:
@@ -60,10 +59,7 @@ def check_backend(
         wanted: `auto` or the name of a backend.
         dtype: of the entries.
         device: to run on; the reference gets the same numbers in float32.
-        batch: B of the asked case.
-        tokens: T of the asked case.
-        cr: imposed ratio of the asked case.
-        seed: of both cases.
+        asked: the case that is to be timed.
 
     Returns:
         The backends that the calls went to.
@@ -72,30 +68,27 @@ def check_backend(
         ParityError: they differ.
         ValueError: no such backend, or it can't do it here.
 
-    >>> cpu = torch.device("cpu")
-    >>> check_backend(
-    ...     Shape(), "reference", torch.float32, cpu, batch=1, tokens=64, cr=2.0, seed=0)
+    >>> case = Case(1, 64, 2.0)
+    >>> check_backend(Shape(), "reference", torch.float32, torch.device("cpu"), case)
     Backends(decode='reference', prefill='reference')
     """
     small = max(3 * (shape.delay + 2), 4 * shape.page_size)
-    for rows, size, ratio in ((2, small, 1.5), (batch, tokens, cr)):
-        call = step_call(
-            shape, rows, size, ratio, dtype, device, seed=seed, steps=STEPS, shuffled=True
-        )
-        case = f"batch {rows}, context {size}, cr {ratio:g}, {str(dtype).removeprefix('torch.')}"
+    for case in (Case(2, small, 1.5, asked.seed), asked):
+        call = step_call(shape, case, dtype, device, steps=STEPS, shuffled=True)
+        place = f"{case}, {str(dtype).removeprefix('torch.')}"
         backend = choose(call, wanted)
-        row = rows - 1
-        prefill = _check_attend(wanted, call, row, case)
-        _check_steps(backend, call, row, case)
+        row = case.batch - 1
+        prefill = _check_attend(wanted, call, row, place)
+        _check_steps(backend, call, row, place)
     return Backends(backend.name, prefill.name)
 
 
-def _check_attend(wanted: str, call: StepCall, row: int, case: str) -> Backend:
+def _check_attend(wanted: str, call: StepCall, row: int, place: str) -> Backend:
     """Returns the backend of the prefill."""
     for name, paged in (("attention", paged_call(call)), ("prefill", chunk_call(call, CHUNK, 1))):
         backend = choose(paged, wanted)
         got, exact = backend.attend(paged), reference.attend(_copied_paged(paged, row))
-        _compare(got[row], exact[0], call.pages.dtype, f"{case}: backend {backend.name}, {name}")
+        _compare(got[row], exact[0], call.pages.dtype, f"{place}: backend {backend.name}, {name}")
     return backend
 
 

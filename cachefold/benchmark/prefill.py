@@ -22,6 +22,7 @@ from cachefold.benchmark.config import BenchConfig, check_room
 from cachefold.benchmark.machine import device, set_threads
 from cachefold.benchmark.models import Pair, make_pair
 from cachefold.benchmark.parity import check_backend
+from cachefold.benchmark.synthetic import Case
 from cachefold.benchmark.timing import Times, contenders, elapsed_ms, interleave
 from cachefold.models.fold import new_cache
 from cachefold.zoo import load_base
@@ -60,10 +61,10 @@ def measure(config: BenchConfig, pairs: list[Pair]) -> Iterator[dict[str, Any]]:
     check_room(grid.context, grid.cr, pairs[0].shape.delay)
     for context in grid.context:
         for batch in grid.batch:
+            asked = Case(batch, context, grid.cr[-1], config.seed)
             backends = {
                 pair.dtype: check_backend(
-                    pair.shape, config.backend, getattr(torch, pair.dtype), device(), batch=batch,
-                    tokens=context, cr=grid.cr[-1], seed=config.seed,
+                    pair.shape, config.backend, getattr(torch, pair.dtype), device(), asked
                 ).prefill
                 for pair in pairs
             }  # fmt: skip

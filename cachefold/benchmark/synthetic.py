@@ -53,6 +53,24 @@ class Shape:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What a layer has seen: B requests of T tokens at an imposed ratio.
+
+    >>> Case(8, 8192, 4.0)
+    8 x 8192, cr 4
+    """
+
+    batch: int
+    tokens: int
+    cr: float
+    seed: int = 0
+    """Of everything random."""
+
+    def __repr__(self) -> str:
+        return f"{self.batch} x {self.tokens}, cr {self.cr:g}"
+
+
 def ragged_lengths(
     batch: int, kv_heads: int, tokens: int, cr: float, delay: int, generator: torch.Generator
 ) -> Tensor:
@@ -117,27 +135,25 @@ def merges(
 
 
 def step_call(
-    shape: Shape, batch: int, tokens: int, cr: float, dtype: torch.dtype,
-    device: torch.device | str, *, seed: int, steps: int = 1, shuffled: bool = False,
+    shape: Shape, case: Case, dtype: torch.dtype, device: torch.device | str = "cpu",
+    *, steps: int = 1, shuffled: bool = False,
 ) -> StepCall:  # fmt: skip
-    """The decode call of one layer after `tokens` tokens.
+    """The decode call of one layer.
 
     Args:
         shape: of the layer.
-        batch: B.
-        tokens: T.
-        cr: imposed.
+        case: what the layer has seen.
         dtype: of query and entries.
         device: of all tensors.
-        seed: of everything random.
         steps: how often the call may be carried out; the table has pages for that.
         shuffled: pages of a head lie anywhere instead of in a row, as a prefill leaves them.
 
-    >>> call = step_call(Shape(), 2, 128, 2.0, torch.float32, "cpu", seed=0)
+    >>> call = step_call(Shape(), Case(2, 128, 2.0), torch.float32)
     >>> call.query.shape, call.table.shape[:2], (call.lengths + 17).sum().item()
     (torch.Size([2, 9, 1, 64]), torch.Size([2, 3]), 384)
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(case.seed)
+    batch, tokens, cr = case.batch, case.tokens, case.cr
     lengths = ragged_lengths(batch, shape.kv_heads, tokens, cr, shape.delay, generator)
     table, count = _table(lengths + steps, shape.page_size, generator if shuffled else None)
 
@@ -193,7 +209,7 @@ def rotary(shape: Shape, first: int, num_tokens: int) -> tuple[Tensor, Tensor]:
 def paged_call(call: StepCall) -> PagedCall:
     """What a decode call attends to, as a call for attention alone: nothing is folded.
 
-    >>> step = step_call(Shape(), 1, 64, 2.0, torch.float32, "cpu", seed=0)
+    >>> step = step_call(Shape(), Case(1, 64, 2.0), torch.float32)
     >>> paged_call(step).visible.shape
     torch.Size([1, 3, 1])
     """
@@ -219,7 +235,7 @@ def chunk_call(call: StepCall, queries: int, seed: int) -> PagedCall:
         queries: Q.
         seed: of all the rest.
 
-    >>> step = step_call(Shape(), 1, 64, 2.0, torch.float32, "cpu", seed=0)
+    >>> step = step_call(Shape(), Case(1, 64, 2.0), torch.float32)
     >>> chunk_call(step, 4, seed=0).visible[0, 0].tolist(), step.lengths[0, 0].item()
     ([21, 21, 22, 22], 22)
     """
@@ -248,7 +264,7 @@ def chunk_call(call: StepCall, queries: int, seed: int) -> PagedCall:
 def moved_nbytes(call: StepCall) -> int:
     """Bytes that a decode call can't help moving: its entries, ring, open entry, query, output.
 
-    >>> moved_nbytes(step_call(Shape(), 1, 512, 1.0, torch.bfloat16, "cpu", seed=0))
+    >>> moved_nbytes(step_call(Shape(), Case(1, 512, 1.0), torch.bfloat16))
     396288
     """
     item = call.pages.element_size()

@@ -57,9 +57,8 @@ def run(
     parts = tuple(part for part in PARTS if everything or asked[part]) or ("attention",)
     config = BenchConfig(
         model=model, parts=parts, backend=backend, dtype=tuple(dtype.split(",")),
-        batch=numbers("--batch", batch, int),
-        context=numbers("--context", context, int), cr=numbers("--cr", cr, float),
-        repeats=repeats, steps=steps, threads=threads, seed=seed,
+        batch=numbers("--batch", batch, int), context=numbers("--context", context, int),
+        cr=numbers("--cr", cr, float), repeats=repeats, steps=steps, threads=threads, seed=seed,
     )  # fmt: skip
     _run(config, json, csv, plot)
 

@@ -10,11 +10,11 @@ import torch
 from cachefold.attention import reference
 from cachefold.benchmark import parity
 from cachefold.benchmark.parity import ParityError, check_backend, check_logits, relative_error
-from cachefold.benchmark.synthetic import Shape
+from cachefold.benchmark.synthetic import Case, Shape
 from cachefold.core.pages import key_view
 
 SMALL = Shape(layers=2, heads=4, kv_heads=2, head_dim=16)
-ASKED = {"batch": 2, "tokens": 700, "cr": 2.0, "seed": 0}
+ASKED = Case(2, 700, 2.0)
 CPU = torch.device("cpu")
 
 
@@ -64,7 +64,7 @@ class Wrong:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_reference_passes(dtype):
-    assert check_backend(SMALL, "reference", dtype, CPU, **ASKED) == ("reference",) * 2
+    assert check_backend(SMALL, "reference", dtype, CPU, ASKED) == ("reference",) * 2
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_reference_passes(dtype):
 def test_mistakes_are_found(monkeypatch, mistake, place):
     monkeypatch.setattr(parity, "choose", lambda call, wanted: Wrong(mistake))
     with pytest.raises(ParityError, match=f"backend wrong, .*{place}"):
-        check_backend(SMALL, "wrong", torch.bfloat16, CPU, **ASKED)
+        check_backend(SMALL, "wrong", torch.bfloat16, CPU, ASKED)
 
 
 def test_only_the_asked_case_is_wrong(monkeypatch):
@@ -97,9 +97,9 @@ def test_only_the_asked_case_is_wrong(monkeypatch):
             return reference.attend(replace(call, visible=call.visible.clamp(max=300)))
 
     monkeypatch.setattr(parity, "choose", lambda call, wanted: Short(""))
-    with pytest.raises(ParityError, match="batch 2, context 700, cr 2, float32"):
-        check_backend(SMALL, "wrong", torch.float32, CPU, **ASKED)
-    check_backend(SMALL, "wrong", torch.float32, CPU, **{**ASKED, "tokens": 300})
+    with pytest.raises(ParityError, match="2 x 700, cr 2, float32"):
+        check_backend(SMALL, "wrong", torch.float32, CPU, ASKED)
+    check_backend(SMALL, "wrong", torch.float32, CPU, replace(ASKED, tokens=300))
 
 
 def test_relative_error_of_nan_is_infinite():

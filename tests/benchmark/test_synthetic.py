@@ -7,6 +7,7 @@ import torch
 
 from cachefold.attention import reference
 from cachefold.benchmark.synthetic import (
+    Case,
     Shape,
     merges,
     moved_nbytes,
@@ -53,7 +54,7 @@ def test_merges_leave_the_lengths():
 
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_table_has_a_page_for_every_slot(shuffled):
-    call = step_call(SMALL, 3, 150, 3.0, torch.float32, "cpu", seed=0, steps=40, shuffled=shuffled)
+    call = step_call(SMALL, Case(3, 150, 3.0), torch.float32, steps=40, shuffled=shuffled)
     owned = call.table[call.table >= 0]
     assert owned.sort().values.equal(torch.arange(len(call.pages), dtype=torch.int32))
     assert owned.equal(owned.sort().values) != shuffled
@@ -65,7 +66,7 @@ def test_table_has_a_page_for_every_slot(shuffled):
 
 
 def test_paged_call_sees_what_the_step_sees():
-    call = step_call(SMALL, 2, 100, 2.0, torch.float64, "cpu", seed=0)
+    call = step_call(SMALL, Case(2, 100, 2.0), torch.float64)
     call.tail.valid.zero_()
     call.ring.valid.zero_()
     call.new.value.zero_()
@@ -76,7 +77,7 @@ def test_paged_call_sees_what_the_step_sees():
 
 
 def test_moved_bytes_count_entries():
-    calls = [step_call(SMALL, 2, 200, cr, torch.bfloat16, "cpu", seed=0) for cr in (1.0, 4.0)]
+    calls = [step_call(SMALL, Case(2, 200, cr), torch.bfloat16) for cr in (1.0, 4.0)]
     entries = [int(call.lengths.sum()) for call in calls]
     saved = (entries[0] - entries[1]) * 2 * SMALL.head_dim * 2
     assert moved_nbytes(calls[0]) - moved_nbytes(calls[1]) == saved
