@@ -15,7 +15,9 @@ import struct
 import sys
 from typing import Any, NamedTuple
 
+import numba
 import numpy as np
+import torch
 from numba import cfunc, njit, prange, types
 
 from cachefold.attention.vectors import (
@@ -70,7 +72,16 @@ def launch(kernel: Any, call: int, threads: int) -> None:
     if threads == 1:
         kernel(call, 0)
     else:
+        _start_threads()
         _launch(kernel.address, call, threads)
+
+
+@functools.cache
+def _start_threads() -> None:
+    """Starts numba's threads and leaves torch its own number of them: both set that of OpenMP."""
+    before = torch.get_num_threads()
+    numba.get_num_threads()
+    torch.set_num_threads(before)
 
 
 @compiled

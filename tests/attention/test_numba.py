@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -141,6 +144,23 @@ def test_rotary_dims_are_checked():
 def test_missing_numba_is_told(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert BACKEND.available() == (False, "numba is not installed")
+
+
+def test_starting_threads_leaves_torch_its_number_of_them():
+    """In a process of its own: threads start once."""
+    code = """
+import torch
+from cachefold.attention import numba_kernels as kernels
+@kernels.procedure
+def nothing(call, thread):
+    pass
+kernels.launch(nothing, 0, 2)
+print(torch.get_num_threads())
+"""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert run.stdout.split() == ["1"]
 
 
 @pytest.mark.parametrize("name", ["numba_backend", "numba_kernels"])
