@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test check format bench gpu
+.PHONY: demo test check format gpu
 
 demo: $(INSTALLED)
 	$(BIN)/cachefold demo
@@ -18,10 +18,6 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-
-# Speed and memory on this machine; wants it quiet. docs/benchmarks.md says how to read it.
-bench: $(INSTALLED)
-	$(BIN)/cachefold bench --all --json bench.json
 
 # Kernels on the card instead of the interpreter: needs a GPU and a torch built for it.
 gpu: $(INSTALLED)
