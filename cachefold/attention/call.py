@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cachefold.core.rotary import rotate
 from cachefold.core.tokens import Tokens
 
 HIDDEN = -1e30
@@ -115,6 +116,25 @@ class StepCall:
     softcap: float | None = None
     factors: Tensor | None = None
     """(D,) factors on rotated queries and on keys after each rotation; None = 1."""
+
+
+def folded(call: StepCall) -> PagedCall:
+    """What the new token of a step attends to, once the step is folded; rotated."""
+    factors = 1.0 if call.factors is None else call.factors
+    ring, tail, new = call.ring, call.tail, call.new
+    delay, dtype = ring.valid.shape[1], call.query.dtype
+    exact = ring if delay else new
+    return PagedCall(
+        query=rotate(call.query, new.cos, new.sin) * factors,
+        pages=call.pages, page_size=call.page_size, table=call.table,
+        visible=call.lengths[..., None],
+        open_key=rotate(tail.key.to(dtype), tail.cos, tail.sin) * factors,
+        open_value=tail.value, open_valid=tail.valid,
+        # The ring is no longer in order, but all of it is seen.
+        exact_key=rotate(exact.key, exact.cos, exact.sin) * factors,
+        exact_value=exact.value, exact_valid=exact.valid,
+        delay=delay, scaling=call.scaling, softcap=call.softcap,
+    )  # fmt: skip
 
 
 def capped(scores: Tensor, softcap: float | None) -> Tensor:

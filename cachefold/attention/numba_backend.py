@@ -22,7 +22,11 @@ SERIAL_STRIPS = 256
 
 
 class NumbaBackend:
-    """Decoding and prefill on the CPU; training is plain torch."""
+    """Decoding and prefill on the CPU; training is plain torch.
+
+    >>> BACKEND.name
+    'numba'
+    """
 
     name = "numba"
 
@@ -64,9 +68,11 @@ BACKEND = NumbaBackend()
 
 def _model_tensors(call: PagedCall | StepCall) -> list[Tensor]:
     if isinstance(call, PagedCall):
-        return [call.query, call.pages, call.exact_key, call.exact_value, call.open_key]
+        exact, opened = (call.exact_key, call.exact_value), (call.open_key, call.open_value)
+        return [call.query, call.pages, *exact, *opened]
     new, ring, tail = call.new, call.ring, call.tail
-    return [call.query, call.pages, new.key, new.value, new.cos, ring.key, ring.cos, tail.cos]
+    tokens = [tensor for run in (new, ring) for tensor in (run.key, run.value, run.cos)]
+    return [call.query, call.pages, *tokens, tail.cos]
 
 
 def _supports_shape(call: PagedCall | StepCall) -> tuple[bool, str]:
@@ -124,13 +130,14 @@ def _attend_one(
     part_nbytes = threads * batch * heads * (shape.value_dim + 2) * 4
     scratch = torch.empty(threads * nbytes + part_nbytes, dtype=torch.uint8)
     out = call.query.new_empty(batch, heads, 1, shape.value_dim)
-    fields = dict.fromkeys(Decode._fields, 0) | _fields(
+    given = _fields(
         held, work=scratch.data_ptr(), work_nbytes=nbytes, out=out.data_ptr(), requests=batch,
         parts=scratch.data_ptr() + threads * nbytes, kv_heads=kv_heads, columns=columns,
         num_exact=held["exact_valid"].shape[1], threads=threads,
         scaling=float_bits(call.scaling), **more,
     )  # fmt: skip
-    packed = np.array([*fields.values()], dtype=np.int64)
+    fields = Decode(**(dict.fromkeys(Decode._fields, 0) | given))
+    packed = np.array(fields, dtype=np.int64)
     attend_share, join = make_decode(shape, rotary)
     launch(attend_share, packed.ctypes.data, threads)
     launch(join, packed.ctypes.data, 1)

@@ -96,7 +96,11 @@ def offsets(kind: Any) -> Any:
 
 
 def float_bits(number: float) -> int:
-    """The bits of a float32, for `load_float` at the offset of a field."""
+    """The bits of a float32, for `load_float` at the offset of a field.
+
+    >>> hex(float_bits(1.0))
+    '0x3f800000'
+    """
     return int.from_bytes(struct.pack("=f", number), sys.byteorder)
 
 

@@ -6,6 +6,7 @@ Written for being right at a glance: all columns side by side, one softmax. Lege
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 
 import torch
@@ -18,11 +19,15 @@ from cachefold.attention.call import (
     ParallelCall,
     StepCall,
     capped,
+    folded,
     log_survival,
 )
 from cachefold.core.pages import gather, key_view, slots, value_view
 from cachefold.core.rotary import rotate
 from cachefold.core.tokens import Tokens, token_dim
+
+# Not asked for in a step: torch.compile can't look into fields().
+NAMES = tuple(field.name for field in fields(Tokens))
 
 
 def parallel(call: ParallelCall) -> Tensor:
@@ -154,31 +159,21 @@ def step(call: StepCall) -> Tensor:
         (B, H, 1, Dv) in the dtype of the query.
     """
     fold(call)
-    factors = 1.0 if call.factors is None else call.factors
-    ring, tail, new = call.ring, call.tail, call.new
-    delay, dtype = ring.valid.shape[1], call.query.dtype
-    exact = ring if delay else new
-    return attend(
-        PagedCall(
-            query=rotate(call.query, new.cos, new.sin) * factors,
-            pages=call.pages, page_size=call.page_size, table=call.table,
-            visible=call.lengths[..., None],
-            open_key=rotate(tail.key.to(dtype), tail.cos, tail.sin) * factors,
-            open_value=tail.value, open_valid=tail.valid,
-            # The ring is no longer in order, but all of it is seen.
-            exact_key=rotate(exact.key, exact.cos, exact.sin) * factors,
-            exact_value=exact.value, exact_valid=exact.valid,
-            delay=delay, scaling=call.scaling, softcap=call.softcap,
-        )
-    )  # fmt: skip
+    return attend(folded(call))
 
 
-def fold(call: StepCall) -> None:
-    """Takes the new token into the ring and carries out the decision of the one that leaves."""
+def fold(call: StepCall, close: Callable[[StepCall, Tensor], None] | None = None) -> None:
+    """Takes the new token into the ring and carries out the decision of the one that leaves.
+
+    Args:
+        call: changes in place.
+        close: writes the open entries of the heads with True in (B, K) to their next free slots;
+            None = the plain way, which reads back from the device which heads these are.
+    """
     leaving, tail = _turn_ring(call), call.tail
     exists = tail.valid[:, None]  # (B, 1, 1)
     merges = (leaving.alpha > 0.5) & leaving.valid[:, None] & exists  # (B, K, 1)
-    _close(call, (exists & ~merges)[..., 0])
+    (close or _close)(call, (exists & ~merges)[..., 0])
     weight = torch.where(merges, tail.omega, 0.0) + leaving.omega
     for mean, new in ((tail.key, leaving.key), (tail.value, leaving.value)):
         new = new.to(mean.dtype)
@@ -197,10 +192,10 @@ def _turn_ring(call: StepCall) -> Tokens:
     if not width:
         return new
     leaving = {}
-    for field in fields(Tokens):
-        held, dim = getattr(ring, field.name), token_dim(field.name)
-        leaving[field.name] = held.index_select(dim, turn[None])
-        fresh = getattr(new, field.name).to(held.dtype).expand_as(leaving[field.name])
+    for name in NAMES:
+        held, dim = getattr(ring, name), token_dim(name)
+        leaving[name] = held.index_select(dim, turn[None])
+        fresh = getattr(new, name).to(held.dtype).expand_as(leaving[name])
         held.index_copy_(dim, turn[None], fresh)
     turn.add_(1).remainder_(width)
     return Tokens(**leaving)

@@ -6,18 +6,13 @@ heads of the batch, E numbers of a page.
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 import torch
 from torch import Tensor
 
+from cachefold.attention import reference
 from cachefold.attention.call import StepCall
 from cachefold.core.pages import key_view, value_view
 from cachefold.core.rotary import rotate
-from cachefold.core.tokens import Tokens, token_dim
-
-# Not asked for in a step: torch.compile can't look into fields().
-NAMES = tuple(field.name for field in fields(Tokens))
 
 
 def fold(call: StepCall) -> None:
@@ -25,6 +20,7 @@ def fold(call: StepCall) -> None:
 
     The first token of a text waits in a ring of one; the next one opens an entry with it:
 
+    >>> from cachefold.core.tokens import Tokens
     >>> def token(x, valid):
     ...     vector, turn = torch.full((1, 1, 1, 2), x), torch.ones(1, 1, 2)
     ...     one = torch.ones(1, 1, 1)
@@ -40,35 +36,7 @@ def fold(call: StepCall) -> None:
     >>> ring.key[..., 0].item(), tail.key[..., 0].item(), tail.valid.item()
     (7.0, 5.0, True)
     """
-    leaving, tail = _turn_ring(call), call.tail
-    exists = tail.valid[:, None]  # (B, 1, 1)
-    merges = (leaving.alpha > 0.5) & leaving.valid[:, None] & exists  # (B, K, 1)
-    _close(call, (exists & ~merges)[..., 0])
-    weight = torch.where(merges, tail.omega, 0.0) + leaving.omega
-    for mean, new in ((tail.key, leaving.key), (tail.value, leaving.value)):
-        new = new.to(mean.dtype)
-        share = (leaving.omega / weight).to(mean.dtype)[..., None]
-        mean.copy_(torch.where(merges[..., None], mean + (new - mean) * share, new))
-    tail.omega.copy_(weight)
-    for held, new in ((tail.cos, leaving.cos), (tail.sin, leaving.sin)):
-        held.copy_(new)
-    tail.valid.copy_(leaving.valid)
-
-
-def _turn_ring(call: StepCall) -> Tokens:
-    """Puts the new token where the oldest was, which is returned, N = 1."""
-    new, ring, turn = call.new, call.ring, call.turn
-    width = ring.valid.shape[1]
-    if not width:
-        return new
-    leaving = {}
-    for name in NAMES:
-        held, dim = getattr(ring, name), token_dim(name)
-        leaving[name] = held.index_select(dim, turn[None])
-        fresh = getattr(new, name).to(held.dtype).expand_as(leaving[name])
-        held.index_copy_(dim, turn[None], fresh)
-    turn.add_(1).remainder_(width)
-    return Tokens(**leaving)
+    reference.fold(call, _close)
 
 
 def _close(call: StepCall, closes: Tensor) -> None:

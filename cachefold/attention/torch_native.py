@@ -21,10 +21,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cachefold.attention import blocked
-from cachefold.attention.call import HIDDEN, PagedCall, ParallelCall, StepCall, capped
+from cachefold.attention.call import HIDDEN, PagedCall, ParallelCall, StepCall, capped, folded
 from cachefold.attention.torch_fold import fold
 from cachefold.core.pages import key_view, slots, value_view
-from cachefold.core.rotary import rotate
 
 QUERY_ROWS = 768
 """Rows of scores at a time in a long prefill, those of all query heads of a kv head together."""
@@ -123,23 +122,7 @@ def step(call: StepCall) -> Tensor:
     [3.0, 3.0]
     """
     fold(call)
-    factors = 1.0 if call.factors is None else call.factors
-    ring, tail, new = call.ring, call.tail, call.new
-    delay, dtype = ring.valid.shape[1], call.query.dtype
-    exact = ring if delay else new
-    return attend(
-        PagedCall(
-            query=rotate(call.query, new.cos, new.sin) * factors,
-            pages=call.pages, page_size=call.page_size, table=call.table,
-            visible=call.lengths[..., None],
-            open_key=rotate(tail.key.to(dtype), tail.cos, tail.sin) * factors,
-            open_value=tail.value, open_valid=tail.valid,
-            # The ring is no longer in order, but all of it is seen.
-            exact_key=rotate(exact.key, exact.cos, exact.sin) * factors,
-            exact_value=exact.value, exact_valid=exact.valid,
-            delay=delay, scaling=call.scaling, softcap=call.softcap,
-        )
-    )  # fmt: skip
+    return attend(folded(call))
 
 
 def _prepared(call: PagedCall) -> PagedCall:

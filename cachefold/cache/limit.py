@@ -70,7 +70,7 @@ class ByteLimit:
             self._nbytes.update((i, held_nbytes(self.layers[i])) for i in indices)
             if (total := self._others(None)) > self.max_bytes:
                 self._refuse(total)
-        except Exception:
+        except BaseException:  # Ctrl-C as well: half a step would be worse than none
             for i, memory in self._before.items():
                 _restore(self.layers[i], memory)
             self.forget()
