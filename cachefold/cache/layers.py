@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cachefold.cache.ring import STEPS_AHEAD, closings, to_step
 from cachefold.cache.state import FoldedState, tensor_nbytes
-from cachefold.cache.stream import Stream, clean, concatenate, shifted
+from cachefold.cache.stream import Stream, arrivals_that_close, clean, concatenate, shifted
 from cachefold.core.decisions import constrain
 from cachefold.core.merging import running_means
 from cachefold.core.rotary import rotate
@@ -91,7 +91,7 @@ class FoldedLayer(FoldedState):
             tokens.key, tokens.value, tokens.alpha, tokens.omega, self.window
         )
         means = replace(tokens, key=key, value=value, omega=weight)
-        closes = _closes(tokens, 0 if self.tail is None else self.tail.valid.shape[1])
+        closes = arrivals_that_close(tokens, 0 if self.tail is None else self.tail.valid.shape[1])
         before = self.closed.lengths
         self._commit(tokens, means, closes, key_scale)
         self.seen += new.valid.shape[1]
@@ -289,12 +289,3 @@ class FoldedLayer(FoldedState):
             "can't be taken out of their entry. Turn off assisted or prompt-lookup decoding, or "
             "copy the cache (copy.deepcopy) before the tokens that you may want to undo"
         )
-
-
-def _closes(tokens: Tokens, num_prefix: int) -> Tensor:
-    """(B, K, N) bool, True where the arrival of a token closes the entry before it."""
-    closes = torch.zeros_like(tokens.alpha, dtype=torch.bool)
-    closes[:, :, 1:] = (tokens.alpha[:, :, 1:] < 0.5) & tokens.valid[:, None, :-1]
-    # Of what carries the open entry only the last token stands for an entry.
-    closes[:, :, : max(num_prefix, 1)] = False
-    return closes

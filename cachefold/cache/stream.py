@@ -55,6 +55,26 @@ def concatenate(parts: list[Tokens]) -> Tokens:
     )
 
 
+def arrivals_that_close(tokens: Tokens, num_prefix: int) -> Tensor:
+    """(B, K, N) bool, True where the arrival of a token closes the entry before it.
+
+    Args:
+        tokens: alpha 0 where nothing can be merged into.
+        num_prefix: leading tokens that carry the open entry.
+
+    >>> one = torch.ones(1, 1, 3)
+    >>> alpha = torch.tensor([[[0.0, 1.0, 0.0]]])
+    >>> run = Tokens(one[..., None], one[..., None], one, one, alpha, one, one[0] > 0)
+    >>> arrivals_that_close(run, 0).tolist()
+    [[[False, False, True]]]
+    """
+    closes = torch.zeros_like(tokens.alpha, dtype=torch.bool)
+    closes[:, :, 1:] = (tokens.alpha[:, :, 1:] < 0.5) & tokens.valid[:, None, :-1]
+    # Of what carries the open entry only the last token stands for an entry.
+    closes[:, :, : max(num_prefix, 1)] = False
+    return closes
+
+
 def shifted(tensor: Tensor, dim: int, start: int, count: int) -> Tensor:
     """Items [start, start + count) along `dim`; zeros (False) for those before the first.
 
