@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from cachefold.core.decisions import Decisions
     from cachefold.models.fold import FoldRun, fold, folded, is_folded, unfold
     from cachefold.models.hub import load_folded, save_folded
-    from cachefold.policies import DMC, get_policy, list_policies
+    from cachefold.policies import DMC, DMCC, DMS, get_policy, list_policies
     from cachefold.retrofit.config import RetrofitConfig
     from cachefold.retrofit.trainer import RetrofitTrainer
 
@@ -21,6 +21,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "DMC": "cachefold.policies",
+    "DMCC": "cachefold.policies",
+    "DMS": "cachefold.policies",
     "Decisions": "cachefold.core.decisions",
     "FoldRun": "cachefold.models.fold",
     "FoldedCache": "cachefold.cache.folded",
@@ -38,6 +40,8 @@ _HOMES = {
 
 __all__ = [
     "DMC",
+    "DMCC",
+    "DMS",
     "Decisions",
     "FoldRun",
     "FoldedCache",

@@ -101,7 +101,7 @@ class FoldedLayer(FoldedState):
     @property
     def can_step(self) -> bool:
         """Whether `step` takes the next token; a window needs the tokens of the open entry."""
-        return self.seen > 0 and self.window is None
+        return self.seen > 0 and self.window in (None, 1)
 
     def step(
         self, new: Tokens, run: Callable[[FoldedLayer], Tensor], padded: bool = True
@@ -137,6 +137,10 @@ class FoldedLayer(FoldedState):
                     "cache.reserve(tokens) before the first compiled step, for all of them"
                 )
             self._look_ahead()
+        if self.window == 1:
+            assert self.tail is not None
+            # An entry without weight leaves nothing of itself in what is merged into it.
+            self.tail.omega.zero_()
         out = run(self)
         self.ahead -= 1
         self.seen += 1
@@ -150,10 +154,10 @@ class FoldedLayer(FoldedState):
             ValueError: over the byte limit.
         """
         assert self.closed is not None
-        if self.window is None:
+        if self.can_step:
             self._turn_circular()
         self._cover(self.closed.lengths + tokens)
-        self.ahead = max(self.ahead, tokens) if self.window is None else 0
+        self.ahead = max(self.ahead, tokens) if self.can_step else 0
 
     def _look_ahead(self) -> None:
         """Takes the pages that the next steps need: the tokens that leave next have decided."""
@@ -238,7 +242,7 @@ class FoldedLayer(FoldedState):
         """What is carried of the entry that is open before token `end`."""
         if end == 0:
             return self.tail
-        if self.window is not None:
+        if self.window is not None and self.window > 1:
             return tokens.slice(max(end - self.window, 0), end)
         return replace(means, alpha=torch.zeros_like(means.alpha)).slice(end - 1, end)
 

@@ -165,7 +165,7 @@ def _can_step(layer: FoldedLayer, query: Tensor, new: Tokens) -> bool:
     if layer.can_step:
         inputs = (query, new.key, new.value, new.omega)
         return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs))
-    if layer.window is not None:
+    if layer.window not in (None, 1):
         tell(logging.INFO, "no steps in place: a window needs the tokens of the open entry")
     return False
 

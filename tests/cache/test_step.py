@@ -16,6 +16,7 @@ from cachefold.core.tokens import Tokens
 from tests.cache.texts import HEADS, Text, expected_step, feed, make_text, run_step
 
 
+@pytest.mark.parametrize("window", [None, 1])
 @pytest.mark.parametrize("delay", [0, 1, 4, 16])
 @settings(max_examples=15, deadline=None)
 @given(
@@ -26,17 +27,19 @@ from tests.cache.texts import HEADS, Text, expected_step, feed, make_text, run_s
     gap=st.tuples(st.integers(0, 30), st.integers(0, 30)),
     rate=st.sampled_from([0.0, 0.6, 1.0]),
 )
-def test_steps_with_padding_equal_recurrence(delay, seed, prompt, steps, padding, gap, rate):
+def test_steps_with_padding_equal_recurrence(
+    delay, window, seed, prompt, steps, padding, gap, rate
+):
     """Padding on the left may last into the steps, and in the last request there is a gap."""
     text = make_text(seed, prompt + steps, padding, rate)
     text.valid[-1, min(gap) : max(gap)] = False
-    layer = FoldedLayer(delay)
+    layer = FoldedLayer(delay, window)
     feed(layer, text, [0, prompt])
     for i in range(prompt, prompt + steps):
         got = run_step(layer, text, i)
         for b in range(len(padding)):
             for k in range(HEADS) if text.valid[b, i] else ():
-                want = expected_step(text, b, k, i, delay)
+                want = expected_step(text, b, k, i, delay, window)
                 torch.testing.assert_close(got[b, k], want, rtol=1e-9, atol=1e-9)
     assert layer.seen == prompt + steps
     assert torch.equal(layer.valid_seen, text.valid.sum(1))

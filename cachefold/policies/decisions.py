@@ -1,0 +1,90 @@
+"""Modules that decide for the tokens of one attention layer; see `policies.base.Decision`.
+
+Legend: B batch, H query heads, K kv heads, T tokens, D head dim, E hidden size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+NEURON_OFFSET = 5.0
+"""c of the paper: at the start sigmoid(-c) = 0.0067 merges, sigmoid(c) = 0.9933 weighs."""
+OMEGA_EPS = torch.finfo(torch.bfloat16).eps
+LINEAR_SCALE = 10.0
+"""Factor on the projection, so that a small learning rate moves decisions fast."""
+LINEAR_ALPHA_BIAS = -4.0
+
+
+class LinearDecision(nn.Module):
+    """A zero-initialised projection of the layer input; a fresh model never merges.
+
+    Rows 0..K-1 give the merge logits, rows K..2K-1 the importance logits.
+
+    Args:
+        hidden_size: of the layer input.
+        num_kv_heads: K.
+        weighs: whether there are importance logits; without, omega is 1.
+
+    >>> logits, omega = LinearDecision(4, 1)(
+    ...     torch.ones(1, 1, 1, 2), torch.ones(1, 1, 1, 2), torch.ones(1, 1, 4))
+    >>> round(logits.item(), 4), omega.item()
+    (-4.0, 0.5)
+    """
+
+    neuron = None
+
+    def __init__(self, hidden_size: int, num_kv_heads: int, weighs: bool = True) -> None:
+        super().__init__()
+        rows = 2 * num_kv_heads if weighs else num_kv_heads
+        self.weight = nn.Parameter(torch.zeros(rows, hidden_size))
+        bias = torch.zeros(rows)
+        bias[:num_kv_heads] = LINEAR_ALPHA_BIAS / LINEAR_SCALE
+        self.bias = nn.Parameter(bias)
+        self.weighs = weighs
+
+    def forward(self, query: Tensor, key: Tensor, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Decides; see `policies.base.Decision`. Omega is in [eps, 1]."""
+        if torch.is_autocast_enabled(hidden_states.device.type):
+            with torch.autocast(hidden_states.device.type, enabled=False):
+                return self._decide(hidden_states)
+        return self._decide(hidden_states)  # entering a context costs more than the projection
+
+    def _decide(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        logits = nn.functional.linear(hidden_states.float(), self.weight.float(), self.bias.float())
+        logits = (logits * LINEAR_SCALE).transpose(1, 2)
+        if not self.weighs:
+            return logits, torch.ones_like(logits)
+        merge, importance = logits.chunk(2, dim=1)
+        return merge, torch.sigmoid(importance).clamp(min=OMEGA_EPS)
+
+
+class NeuronDecision(nn.Module):
+    """The paper: one channel of k decides, one channel of q weighs; both leave attention."""
+
+    def __init__(self, neuron: int) -> None:
+        super().__init__()
+        self.neuron = neuron
+
+    def forward(self, query: Tensor, key: Tensor, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Decides; see `policies.base.Decision`. Omega is in (eps, 1 + eps), as in the paper."""
+        merge = key[..., self.neuron].float() - NEURON_OFFSET
+        channel = query[..., self.neuron].float().unflatten(1, (key.shape[1], -1)).mean(2)
+        return merge, torch.sigmoid(channel + NEURON_OFFSET) + OMEGA_EPS
+
+
+def share_in_layer(logits: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
+    """Gives all heads of a layer the mean of both.
+
+    Args:
+        logits: (B, K, T) merge logits.
+        omega: (B, K, T) importance weights.
+
+    >>> x = torch.tensor([[[0.0], [1.0]]])
+    >>> share_in_layer(x, x)[0].flatten().tolist()
+    [0.5, 0.5]
+    """
+    return (
+        logits.mean(1, keepdim=True).expand_as(logits),
+        omega.mean(1, keepdim=True).expand_as(omega),
+    )

@@ -1,0 +1,84 @@
+"""Checks of policy options, told alike by every policy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from cachefold.core.names import closest
+
+
+def check_cr(cr: Any) -> None:
+    """Refuses anything but a compression ratio.
+
+    Raises:
+        ValueError: not a finite number >= 1.
+
+    >>> check_cr(4)
+    """
+    number = isinstance(cr, float) or is_int(cr)
+    if not number or not 1 <= cr < math.inf:
+        raise ValueError(
+            f"cr is tokens seen / entries kept and must be a finite number >= 1; got {cr!r}"
+        )
+
+
+def check_delay(delay: Any) -> None:
+    """Refuses anything but a number of exact tokens.
+
+    Raises:
+        ValueError: not a whole number >= 0.
+
+    >>> check_delay(16)
+    """
+    if not is_int(delay) or delay < 0:
+        raise ValueError(f"delay is a whole number of tokens >= 0; got {delay!r}")
+
+
+def check_window(window: Any) -> None:
+    """Refuses anything but a bound on the tokens of an entry, or None.
+
+    Raises:
+        ValueError: not a whole number >= 1.
+
+    >>> check_window(None)
+    """
+    if window is not None and (not is_int(window) or window < 1):
+        raise ValueError(
+            f"window is a whole number of tokens >= 1, or null for no bound; got {window!r}"
+        )
+
+
+def check_index(name: str, index: Any) -> None:
+    """Refuses anything but the index of a channel.
+
+    Raises:
+        ValueError: not a whole number.
+
+    >>> check_index("neuron", -1)
+    """
+    if not is_int(index):
+        raise ValueError(f"{name} is the index of a channel, such as -1; got {index!r}")
+
+
+def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+    """Refuses anything but one of the names allowed.
+
+    Raises:
+        ValueError: another value, with the closest match.
+
+    >>> check_choice("per", "head", ("head", "layer"))
+    """
+    if value not in allowed:
+        hint = closest(str(value), allowed)
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}.{hint}")
+
+
+def is_int(value: Any) -> bool:
+    """Whether it is a whole number; True and False are none.
+
+    >>> is_int(1), is_int(True)
+    (True, False)
+    """
+    return isinstance(value, int) and not isinstance(value, bool)
