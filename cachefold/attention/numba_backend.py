@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from array import array
+from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +20,8 @@ from cachefold.attention.call import PagedCall, ParallelCall, StepCall
 MAX_GROUPS = 16
 SERIAL_STRIPS = 256
 """Below so many strips of work a second thread costs more to wake than it saves."""
+SERIAL_HEADS = 128
+"""The same for heads that only fold."""
 
 
 class NumbaBackend:
@@ -136,12 +139,18 @@ def _attend_one(
         num_exact=held["exact_valid"].shape[1], threads=threads,
         scaling=float_bits(call.scaling), **more,
     )  # fmt: skip
-    fields = Decode(**(dict.fromkeys(Decode._fields, 0) | given))
-    packed = np.array(fields, dtype=np.int64)
+    packed, place = _packed(given.get(name, 0) for name in Decode._fields)
     attend_share, join = make_decode(shape, rotary)
-    launch(attend_share, packed.ctypes.data, threads)
-    launch(join, packed.ctypes.data, 1)
+    launch(attend_share, place, threads)
+    launch(join, place, 1)
+    del packed
     return out
+
+
+def _packed(numbers: Iterable[int]) -> tuple[array[int], int]:
+    """The fields of a kernel in int64, which must live as long as it runs, and where they are."""
+    fields = array("q", numbers)
+    return fields, fields.buffer_info()[0]
 
 
 def _threads(heads: int, strips: int) -> int:
@@ -170,8 +179,9 @@ def _prefill(call: PagedCall) -> Tensor:
         num_exact=call.exact_valid.shape[1], columns=call.table.shape[2], delay=call.delay,
         threads=threads, scaling=float_bits(call.scaling),
     )  # fmt: skip
-    packed = np.array(fields, dtype=np.int64)
-    launch(make_prefill(shape), packed.ctypes.data, threads)
+    packed, place = _packed(fields)
+    launch(make_prefill(shape), place, threads)
+    del packed
     return out
 
 
@@ -206,7 +216,8 @@ def _fold(call: StepCall, shape: Any, factors: Tensor, stride: int) -> None:
     from cachefold.attention.numba_kernels import launch
 
     batch, kv_heads, delay, key_dim = call.ring.key.shape
-    threads = min(batch, torch.get_num_threads())
+    # A head takes about 0.1 us: fewer than this many don't pay for waking a thread.
+    threads = min(batch, torch.get_num_threads()) if batch * kv_heads >= SERIAL_HEADS else 1
     new = [tensor.contiguous() for tensor in call.new.tensors()]
     runs = [tensor.data_ptr() for tensor in (*new, *call.ring.tensors(), *call.tail.tensors())]
     scratch = torch.empty(batch, key_dim + shape.value_dim)
@@ -216,6 +227,6 @@ def _fold(call: StepCall, shape: Any, factors: Tensor, stride: int) -> None:
         scratch=scratch.data_ptr(), requests=batch, columns=call.table.shape[2],
         new_stride=stride, threads=threads,
     )  # fmt: skip
-    packed = np.array(fields, dtype=np.int64)
-    kernel = make_fold(shape, call.new.cos.shape[-1], kv_heads, delay)
-    launch(kernel, packed.ctypes.data, threads)
+    packed, place = _packed(fields)
+    launch(make_fold(shape, call.new.cos.shape[-1], kv_heads, delay), place, threads)
+    del packed
