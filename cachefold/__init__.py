@@ -13,7 +13,19 @@ if TYPE_CHECKING:
     from cachefold.core.decisions import Decisions
     from cachefold.models.fold import FoldRun, fold, folded, is_folded, unfold
     from cachefold.models.hub import load_folded, save_folded
-    from cachefold.policies import DMC, DMCC, DMS, get_policy, list_policies
+    from cachefold.policies import (
+        DMC,
+        DMCC,
+        DMS,
+        GQA,
+        H2O,
+        TOVA,
+        Full,
+        Random,
+        Streaming,
+        get_policy,
+        list_policies,
+    )
     from cachefold.retrofit.config import RetrofitConfig
     from cachefold.retrofit.trainer import RetrofitTrainer
 
@@ -23,11 +35,17 @@ _HOMES = {
     "DMC": "cachefold.policies",
     "DMCC": "cachefold.policies",
     "DMS": "cachefold.policies",
+    "GQA": "cachefold.policies",
     "Decisions": "cachefold.core.decisions",
     "FoldRun": "cachefold.models.fold",
     "FoldedCache": "cachefold.cache.folded",
+    "Full": "cachefold.policies",
+    "H2O": "cachefold.policies",
+    "Random": "cachefold.policies",
     "RetrofitConfig": "cachefold.retrofit.config",
     "RetrofitTrainer": "cachefold.retrofit.trainer",
+    "Streaming": "cachefold.policies",
+    "TOVA": "cachefold.policies",
     "fold": "cachefold.models.fold",
     "folded": "cachefold.models.fold",
     "get_policy": "cachefold.policies",
@@ -45,8 +63,14 @@ __all__ = [
     "Decisions",
     "FoldRun",
     "FoldedCache",
+    "Full",
+    "GQA",
+    "H2O",
+    "Random",
     "RetrofitConfig",
     "RetrofitTrainer",
+    "Streaming",
+    "TOVA",
     "fold",
     "folded",
     "get_policy",

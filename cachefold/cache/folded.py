@@ -1,4 +1,4 @@
-"""FoldedCache: a transformers Cache whose full-attention layers fold themselves."""
+"""FoldedCache: a transformers Cache whose full-attention layers fold or evict."""
 
 from __future__ import annotations
 
@@ -13,13 +13,17 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
 from cachefold.cache import storage
+from cachefold.cache.codecs import get_codec
+from cachefold.cache.compressed import CompressedLayer, refuse_crop
+from cachefold.cache.evicting import EvictingLayer
 from cachefold.cache.layers import FoldedLayer
 from cachefold.cache.limit import ByteLimit, dense_tensors, held_nbytes
 from cachefold.core import accounting
+from cachefold.core.eviction import Evictor
 
 
 class FoldedCache(Cache):
-    """Folding layers where the model is folded, transformers' own dynamic layers elsewhere.
+    """Compressing layers where the model is folded, transformers' own dynamic layers elsewhere.
 
     Args:
         config: of the model.
@@ -33,10 +37,14 @@ class FoldedCache(Cache):
             move to a larger pool, and with a limit the ring before the step, come on top. None =
             no limit.
         backend: of attention over this cache, `auto` or a name of `cachefold ls backends`.
+        evictor: a training-free policy: these layers then evict instead of folding, and delay,
+            window, page_size and backend mean nothing.
+        codec: how entries are packed, a name of `cachefold ls codecs`; None = they keep the dtype
+            of the model. The first entries of each head, the newest and the open one stay exact.
 
     Raises:
-        ValueError: an index out of range, a layer whose cache can't be folded, or paging options
-            out of range.
+        ValueError: an index out of range, a layer whose cache can't be folded, paging options
+            out of range, or an unknown codec.
 
     >>> from transformers import LlamaConfig
     >>> cache = FoldedCache(LlamaConfig(num_hidden_layers=2), folded_layers=[0, 1], delay=4)
@@ -54,12 +62,15 @@ class FoldedCache(Cache):
         page_size: int = 16,
         max_bytes: int | None = None,
         backend: str = "auto",
+        evictor: Evictor | None = None,
+        codec: str | None = None,
     ) -> None:
         if not paged:
             raise ValueError(
                 "paged=False: entries are kept in pages only, padded buffers are gone; leave it "
                 "out (cache.layers[i].closed.padded() copies them into the padded form)"
             )
+        packing = None if codec is None else get_codec(codec)
         layers: list[Any] = list(DynamicCache(config=config).layers)
         self._config = config
         self.max_bytes = max_bytes
@@ -67,12 +78,17 @@ class FoldedCache(Cache):
         self._limit = None if max_bytes is None else ByteLimit(max_bytes, layers)
         for index in folded_layers:
             _check_foldable(layers, index)
-            layers[index] = FoldedLayer(delay, window, page_size, self._limit)
+            layers[index] = (
+                FoldedLayer(delay, window, page_size, self._limit, packing) if evictor is None
+                else EvictingLayer(evictor, index, self._limit)
+            )  # fmt: skip
         super().__init__(layers=layers)
         self.folded_layers = sorted(folded_layers)
         self.delay = delay
         self.window = window
         self.page_size = page_size
+        self.evictor = evictor
+        self.codec = codec
         text = config.get_text_config(decoder=True)
         self.num_kv_heads: int = (
             getattr(text, "num_key_value_heads", None) or text.num_attention_heads
@@ -83,17 +99,24 @@ class FoldedCache(Cache):
         self.dtype: Any = text.dtype
         """Of the model's weights as its config has it; None = not said."""
 
-    def _folded(self) -> list[FoldedLayer]:
+    def _folded(self) -> list[CompressedLayer]:
         layers: list[Any] = self.layers
         return [layers[index] for index in self.folded_layers]
+
+    def _dense_entries(self, layer: CompressedLayer) -> int:
+        """Entries that a dense layer would hold, of all kv heads that the model has."""
+        return int(layer.tokens_seen()[:, :1].sum()) * self.num_kv_heads
 
     def entries(self) -> list[Tensor]:
         """Entries each head holds (closed, open and ring), (B, K) per folded layer."""
         return [layer.entries() for layer in self._folded()]
 
     def compression_ratio(self) -> float:
-        """Tokens seen / entries kept, totals over folded layers and heads, padding left out."""
-        tokens = sum(int(_tokens_seen(layer).sum()) for layer in self._folded())
+        """Tokens seen / entries kept, totals over folded layers and heads, padding left out.
+
+        Tokens count for every kv head of the model, so that pooled heads compress too.
+        """
+        tokens = sum(self._dense_entries(layer) for layer in self._folded())
         return accounting.compression_ratio(tokens, sum(int(e.sum()) for e in self.entries()))
 
     def map(self) -> Tensor:
@@ -101,7 +124,7 @@ class FoldedCache(Cache):
         rows = []
         for layer in self._folded():
             entries = layer.entries().sum(0)
-            tokens = _tokens_seen(layer).sum(0)
+            tokens = layer.tokens_seen().sum(0)
             rows.append(torch.where(entries > 0, tokens / entries.clamp(min=1), 1.0).float())
         return torch.stack(rows) if rows else torch.zeros(0, 0)
 
@@ -120,10 +143,10 @@ class FoldedCache(Cache):
         """Bytes a dense cache would take for the same tokens, padding left out."""
         total = 0
         for layer in self.layers:
-            if not isinstance(layer, FoldedLayer):
+            if isinstance(layer, CompressedLayer):
+                total += self._dense_entries(layer) * layer.entry_nbytes()
+            else:
                 total += kept_bytes(layer)
-            elif layer.is_initialized:
-                total += int(_tokens_seen(layer).sum()) * _entry_bytes(layer)
         return total
 
     def save(self, path: str | Path) -> None:
@@ -149,10 +172,10 @@ class FoldedCache(Cache):
         return self
 
     def reserve(self, tokens: int) -> None:
-        """Takes pages for `tokens` further tokens, whatever they decide.
+        """Takes the memory for `tokens` further tokens, whatever is decided.
 
-        Steps of one token then change neither the pool nor the block tables, nor where any
-        tensor is: for CUDA graphs and torch.compile.
+        Steps of one token then move no keys and values. Layers that fold change nothing at all
+        but what stands in their tensors: for CUDA graphs and torch.compile.
 
         Raises:
             ValueError: no prompt yet, or over `max_bytes`; nothing was changed.
@@ -189,7 +212,7 @@ class FoldedCache(Cache):
             self._limit.forget()
         fresh = DynamicCache(config=self._config).layers
         for index, layer in enumerate(self.layers):
-            if isinstance(layer, FoldedLayer):
+            if isinstance(layer, CompressedLayer):
                 layer.reset()
             else:
                 # transformers zeroes what a dynamic layer holds, and 5.17 does not shorten it.
@@ -232,8 +255,12 @@ class FoldedCache(Cache):
             self._limit.check_rows(rows)
 
     def crop(self, tokens_to_remove: int) -> NoReturn:
-        """Not possible: see `FoldedLayer.crop`. Checked before any layer changes."""
-        FoldedLayer(self.delay, self.window).crop(tokens_to_remove)
+        """Not possible: checked before any layer changes.
+
+        Raises:
+            ValueError: always.
+        """
+        refuse_crop(tokens_to_remove)
 
 
 def _check_foldable(layers: list[Any], index: int) -> None:
@@ -246,34 +273,8 @@ def _check_foldable(layers: list[Any], index: int) -> None:
         )
 
 
-def _tokens_seen(layer: FoldedLayer) -> Tensor:
-    """(B, K) int64, tokens that are not padding."""
-    if layer.valid_seen is None or layer.lengths is None:
-        return torch.zeros(0, 0, dtype=torch.int64)
-    return layer.valid_seen[:, None].expand_as(layer.lengths)
-
-
-def _entry_bytes(layer: FoldedLayer) -> int:
-    """Bytes of the key and value of one entry of one head."""
-    assert layer.closed is not None
-    pool = layer.closed.pool
-    return accounting.cache_bytes(1, pool.key_dim, pool.value_dim, pool.data.element_size())
-
-
 def kept_bytes(layer: Any) -> int:
-    """Bytes of the keys, values and running sums a layer keeps, spare capacity left out."""
-    if not isinstance(layer, FoldedLayer):
-        return sum(tensor.numel() * tensor.element_size() for tensor in dense_tensors(layer))
-    if layer.lengths is None:
-        return 0
-    total = int(layer.lengths.sum()) * _entry_bytes(layer)
-    heads = layer.lengths.shape[1]
-    if layer.ring is not None:
-        total += int(layer.ring.valid.sum()) * heads * _entry_bytes(layer)
-    if layer.tail is not None:
-        tail = layer.tail
-        per_token = sum(
-            t[0, 0, 0].numel() * t.element_size() for t in (tail.key, tail.value, tail.omega)
-        )
-        total += int(tail.valid.sum()) * heads * per_token
-    return total
+    """Bytes of what a layer of any kind keeps, spare capacity left out."""
+    if isinstance(layer, CompressedLayer):
+        return layer.kept_nbytes()
+    return sum(tensor.numel() * tensor.element_size() for tensor in dense_tensors(layer))

@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
+from cachefold.cache.codecs import Codec
+from cachefold.cache.compressed import tensor_nbytes
+from cachefold.cache.entries import PagedEntries
 from cachefold.cache.ring import STEPS_AHEAD, closings, to_step
-from cachefold.cache.state import FoldedState, tensor_nbytes
+from cachefold.cache.state import FoldedState
 from cachefold.cache.stream import Stream, arrivals_that_close, clean, concatenate, shifted
 from cachefold.core.decisions import constrain
 from cachefold.core.merging import running_means
@@ -34,6 +37,7 @@ class FoldedLayer(FoldedState):
         window: most tokens an entry averages; None = no bound.
         page_size: entries per page, 16 or 32.
         limit: on the bytes of the whole cache; None = no limit.
+        codec: packs closed entries; None = they keep their dtype.
 
     Raises:
         ValueError: delay, window or page size out of range.
@@ -45,8 +49,9 @@ class FoldedLayer(FoldedState):
         window: int | None = None,
         page_size: int = 16,
         limit: ByteLimit | None = None,
+        codec: Codec | None = None,
     ) -> None:
-        super().__init__(page_size)
+        super().__init__(page_size, codec)
         if delay < 0 or (window is not None and window < 1):
             raise ValueError(
                 f"delay must be >= 0 and window >= 1 or None; got delay={delay}, window={window}"
@@ -93,15 +98,19 @@ class FoldedLayer(FoldedState):
         means = replace(tokens, key=key, value=value, omega=weight)
         closes = arrivals_that_close(tokens, 0 if self.tail is None else self.tail.valid.shape[1])
         before = self.closed.lengths
-        self._commit(tokens, means, closes, key_scale)
+        read = self._commit(tokens, means, closes, key_scale)
         self.seen += new.valid.shape[1]
         self.valid_seen = self.valid_seen + new.valid.sum(1)
-        return self._stream(tokens, means, before[..., None] + closes.cumsum(-1), new)
+        counts = before[..., None] + closes.cumsum(-1)
+        return self._stream(tokens, means, counts, new, read)
 
     @property
     def can_step(self) -> bool:
-        """Whether `step` takes the next token; a window needs the tokens of the open entry."""
-        return self.seen > 0 and self.window in (None, 1)
+        """Whether `step` takes the next token in place.
+
+        Not with a window, which needs the tokens of the open entry, nor into packed pages.
+        """
+        return self.seen > 0 and self.window in (None, 1) and self.codec is None
 
     def step(
         self, new: Tokens, run: Callable[[FoldedLayer], Tensor], padded: bool = True
@@ -151,11 +160,16 @@ class FoldedLayer(FoldedState):
         """Takes pages for `tokens` further steps, whatever they decide.
 
         Raises:
-            ValueError: over the byte limit.
+            ValueError: over the byte limit, or with a codec.
         """
-        assert self.closed is not None
+        if self.codec is not None:
+            raise ValueError(
+                "packed entries take no steps in place, so that no pages can be reserved for them; "
+                "leave reserve() out, or make the cache without a codec"
+            )
         if self.can_step:
             self._turn_circular()
+        assert self.closed is not None
         self._cover(self.closed.lengths + tokens)
         self.ahead = max(self.ahead, tokens) if self.can_step else 0
 
@@ -182,16 +196,18 @@ class FoldedLayer(FoldedState):
 
     def _cover(self, lengths: Tensor) -> None:
         """Takes pages for `lengths` (B, K) entries, if the limit allows."""
-        assert self.closed is not None
+        assert isinstance(self.closed, PagedEntries)
         spare = None
         if self.limit is not None:
             needed = self.closed.nbytes_with(lengths) + self._beside_nbytes()
             spare = self.limit.spare(self, needed)
         self.closed.cover(lengths, spare)
 
-    def _stream(self, tokens: Tokens, means: Tokens, counts: Tensor, new: Tokens) -> Stream:
-        """What the new tokens see; `counts` (B, K, N), entries closed by the arrival of a token."""
-        assert self.closed is not None
+    def _stream(
+        self, tokens: Tokens, means: Tokens, counts: Tensor, new: Tokens,
+        read: tuple[Tensor, Tensor],
+    ) -> Stream:  # fmt: skip
+        """What the new tokens see: by `counts` (B, K, N), entries closed when a token arrived."""
         num_tokens, num_new = tokens.valid.shape[1], new.valid.shape[1]
         first = num_tokens - num_new
         opened = Tokens(
@@ -208,26 +224,18 @@ class FoldedLayer(FoldedState):
             exact=replace(exact, key=exact.key.to(dtypes[0]), value=exact.value.to(dtypes[1])),
             open=replace(opened, key=opened.key.to(dtypes[0]), value=opened.value.to(dtypes[1])),
             visible=shifted(counts, 2, first - self.delay, num_new),
-            pages=self.closed.pool.data,
-            table=self.closed.table,
+            pages=read[0],
+            table=read[1],
         )
-
-    def _check(self, new: Tokens) -> None:
-        assert self.closed is not None
-        held = (*self.closed.lengths.shape, self.closed.pool.key_dim, self.dtype)
-        got = (new.key.shape[0], new.key.shape[1], new.key.shape[3], new.key.dtype)
-        if got != held:
-            names = ("batch", "kv heads", "head dim", "dtype")
-            odd = [f"{n} {h} (got {g})" for n, h, g in zip(names, held, got, strict=True) if h != g]
-            raise ValueError(
-                f"this cache layer holds {', '.join(odd)}; a cache goes on only with the model, "
-                "the dtype and the batch it was filled by: make a new one otherwise"
-            )
 
     def _commit(
         self, tokens: Tokens, means: Tokens, closes: Tensor, key_scale: Tensor | None
-    ) -> None:
-        """Stores the entries that closed; carries the open entry and the ring on."""
+    ) -> tuple[Tensor, Tensor]:
+        """Stores the entries that closed; carries the open entry and the ring on.
+
+        Returns:
+            Pages and table with all of these entries.
+        """
         num_tokens = tokens.valid.shape[1]
         end = max(num_tokens - self.delay, 0)  # tokens before `end` have left the ring
         ring = tokens.slice(end, num_tokens) if end < num_tokens else None
@@ -235,8 +243,9 @@ class FoldedLayer(FoldedState):
             ring = replace(ring, key=ring.key.to(self.dtype), value=ring.value.to(self.dtype))
         tail = self._open_entry(tokens, means, end)
         closed = closes[:, :, 1:end]
-        self._close(means, closed, key_scale, self._spare_nbytes(closed, ring, tail))
+        read = self._close(means, closed, key_scale, self._spare_nbytes(closed, ring, tail))
         self.ring, self.tail = ring, tail
+        return read
 
     def _open_entry(self, tokens: Tokens, means: Tokens, end: int) -> Tokens | None:
         """What is carried of the entry that is open before token `end`."""
@@ -261,12 +270,12 @@ class FoldedLayer(FoldedState):
 
     def _close(
         self, means: Tokens, closed: Tensor, key_scale: Tensor | None, spare_nbytes: int | None
-    ) -> None:
+    ) -> tuple[Tensor, Tensor]:
         """Stores the entries that end at a token t with `closed` (B, K, m) True."""
+        assert self.closed is not None
         batch, head, token = closed.nonzero(as_tuple=True)
         if not len(token):
-            return
-        assert self.closed is not None
+            return self.closed.read()
         # Rotation in the dtype of the cache, as the exact keys of the model are rotated.
         keys = means.key[batch, head, token].detach().to(self.dtype)
         keys = rotate(
@@ -274,7 +283,8 @@ class FoldedLayer(FoldedState):
         )
         keys = keys[:, 0, 0] if key_scale is None else keys[:, 0, 0] * key_scale
         values = means.value[batch, head, token].detach()
-        self.closed.append(closed, keys, values, spare_nbytes)
+        mass = means.omega[batch, head, token].detach()
+        return self.closed.append(closed, keys, values, spare_nbytes, mass)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -284,12 +294,4 @@ class FoldedLayer(FoldedState):
             "a folded cache layer can't take dense keys and values: the attention layer that "
             "called update() is not folded. Call cachefold.fold(model, policy) before using this "
             "cache, or use a DynamicCache with the dense model"
-        )
-
-    def crop(self, tokens_to_remove: int) -> NoReturn:
-        """Not possible: a merged token can't be taken out of its entry."""
-        raise ValueError(
-            f"a folded cache can't drop its last tokens (crop({tokens_to_remove})): merged tokens "
-            "can't be taken out of their entry. Turn off assisted or prompt-lookup decoding, or "
-            "copy the cache (copy.deepcopy) before the tokens that you may want to undo"
         )

@@ -6,7 +6,6 @@ depends on its decisions. So the layers that went before are remembered until th
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,18 +14,14 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from cachefold.cache.entries import Mark
-from cachefold.cache.layers import FoldedLayer
-
-IN_PLACE = ("ring", "tail", "turn", "valid_seen")
-"""What steps of one token change in place; any other change replaces the tensors of a layer."""
+from cachefold.cache.compressed import CompressedLayer
 
 
 class _Memory(NamedTuple):
     """A layer before a step; copies of the tensors that the step may change in place."""
 
     state: dict[str, Any]
-    mark: Mark | None
+    mark: Any
 
 
 @dataclass(eq=False)
@@ -100,7 +95,7 @@ class ByteLimit:
         self.forget()
         total = 0
         for layer in self.layers:
-            if isinstance(layer, FoldedLayer):
+            if isinstance(layer, CompressedLayer):
                 total += layer.nbytes_at(rows)
             else:
                 batch = layer.keys.shape[0] if layer.is_initialized else 1
@@ -130,7 +125,7 @@ class ByteLimit:
 
 def held_nbytes(layer: Any) -> int:
     """Bytes of all tensors a layer of any kind holds."""
-    if isinstance(layer, FoldedLayer):
+    if isinstance(layer, CompressedLayer):
         return layer.nbytes()
     return sum(tensor.untyped_storage().nbytes() for tensor in dense_tensors(layer))
 
@@ -145,15 +140,13 @@ def dense_tensors(layer: Any) -> list[Tensor]:
 @torch.inference_mode(False)
 def _remember(layer: Any) -> _Memory:
     state = dict(vars(layer))
-    if not isinstance(layer, FoldedLayer) or layer.closed is None:
+    if not isinstance(layer, CompressedLayer):
         return _Memory(state, None)
-    if layer.turn is not None:
-        state |= copy.deepcopy({name: state[name] for name in IN_PLACE})
-    return _Memory(state, layer.closed.mark())
+    return _Memory(state | layer.in_place(), layer.mark())
 
 
 def _restore(layer: Any, memory: _Memory) -> None:
     vars(layer).clear()
     vars(layer).update(memory.state)
-    if memory.mark is not None:
-        layer.closed.rewind(memory.mark)
+    if isinstance(layer, CompressedLayer):
+        layer.rewind(memory.mark)

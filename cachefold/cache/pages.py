@@ -33,35 +33,28 @@ def check_page_size(page_size: int) -> None:
         )
 
 
-class PagePool:
-    """All pages of one layer in one tensor; which of them are free is known on the host.
+class Pool:
+    """Pages of any kind in one tensor; which of them are free is known on the host.
 
     Args:
-        page_size: entries per page, 16 or 32.
-        key_dim: D.
-        value_dim: Dv.
-        dtype: of the entries.
+        page_size: entries per page.
+        width: numbers per page.
+        dtype: of these numbers.
         device: where the pages are.
 
-    >>> pool = PagePool(16, 64, 64, torch.bfloat16, "cpu")
+    >>> pool = Pool(32, 2560, torch.uint8, "cpu")
     >>> pages = pool.take(3)
     >>> pool.give_back(pages[:1])
     >>> pool.num_pages, pool.num_free, pool.nbytes(), pool.used_nbytes()
-    (3, 1, 12288, 8192)
+    (3, 1, 7680, 5120)
     """
 
     def __init__(
-        self,
-        page_size: int,
-        key_dim: int,
-        value_dim: int,
-        dtype: torch.dtype,
-        device: torch.device | str,
+        self, page_size: int, width: int, dtype: torch.dtype, device: torch.device | str
     ) -> None:
-        check_page_size(page_size)
-        self.page_size, self.key_dim, self.value_dim = page_size, key_dim, value_dim
-        self.data = torch.empty(0, page_size * (key_dim + value_dim), dtype=dtype, device=device)
-        """(P, page_size * (D + Dv)); garbage where no entry was written."""
+        self.page_size = page_size
+        self.data = torch.empty(0, width, dtype=dtype, device=device)
+        """(P, width); garbage where no entry was written."""
         self.free: list[int] = []
         """Pages without an owner; the last is taken first."""
 
@@ -79,16 +72,6 @@ class PagePool:
     def page_nbytes(self) -> int:
         """Bytes of one page."""
         return self.data.shape[1] * self.data.element_size()
-
-    @property
-    def keys(self) -> Tensor:
-        """(P, D, page_size) view; writing to it writes to the pool."""
-        return key_view(self.data, self.page_size, self.key_dim)
-
-    @property
-    def values(self) -> Tensor:
-        """(P, page_size, Dv) view; writing to it writes to the pool."""
-        return value_view(self.data, self.page_size, self.key_dim)
 
     def nbytes(self) -> int:
         """Bytes of the pool, free pages included."""
@@ -148,3 +131,41 @@ class PagePool:
             with torch.inference_mode(False):
                 self.data = self.data[:num_pages].clone()
         self.free = free
+
+
+class PagePool(Pool):
+    """Pages of entries as attention reads them: (P, page_size * (D + Dv)), see `core.pages`.
+
+    Args:
+        page_size: entries per page, 16 or 32.
+        key_dim: D.
+        value_dim: Dv.
+        dtype: of the entries.
+        device: where the pages are.
+
+    >>> pool = PagePool(16, 64, 64, torch.bfloat16, "cpu")
+    >>> pool.take(3).tolist(), pool.nbytes(), pool.keys.shape
+    ([0, 1, 2], 12288, torch.Size([3, 64, 16]))
+    """
+
+    def __init__(
+        self,
+        page_size: int,
+        key_dim: int,
+        value_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        check_page_size(page_size)
+        super().__init__(page_size, page_size * (key_dim + value_dim), dtype, device)
+        self.key_dim, self.value_dim = key_dim, value_dim
+
+    @property
+    def keys(self) -> Tensor:
+        """(P, D, page_size) view; writing to it writes to the pool."""
+        return key_view(self.data, self.page_size, self.key_dim)
+
+    @property
+    def values(self) -> Tensor:
+        """(P, page_size, Dv) view; writing to it writes to the pool."""
+        return value_view(self.data, self.page_size, self.key_dim)

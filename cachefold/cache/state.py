@@ -1,47 +1,50 @@
-"""What a folding layer holds, and what transformers asks of it whatever it folds.
+"""What a folding layer holds, whatever it folds.
 
 Legend: B batch, K kv heads, S closed entries, D head dim.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
+from cachefold.cache.codecs import Codec
+from cachefold.cache.compressed import CompressedLayer, refuse_other, tensor_nbytes
 from cachefold.cache.entries import PagedEntries
+from cachefold.cache.packed import Shape
+from cachefold.cache.packed_entries import PackedEntries
 from cachefold.cache.pages import PagePool, check_page_size
 from cachefold.cache.ring import in_order
 from cachefold.core.tokens import Tokens
 
 
-class FoldedState(CacheLayerMixin):
+class FoldedState(CompressedLayer):
     """Closed entries in pages; beside them the open entry and the ring.
 
     Args:
         page_size: entries per page, 16 or 32.
+        codec: packs closed entries; None = they keep their dtype.
 
     Raises:
         ValueError: another page size.
     """
 
-    is_compileable = False
-    is_croppable = False
-    is_sliding = False
-
-    def __init__(self, page_size: int) -> None:
+    def __init__(self, page_size: int, codec: Codec | None = None) -> None:
         super().__init__()
         check_page_size(page_size)
         self.page_size = page_size
+        self.codec = codec
         self._clear()
 
     def _clear(self) -> None:
         self.seen = 0
         self.valid_seen: Tensor | None = None  # (B,) int64, tokens that are not padding
-        self.closed: PagedEntries | None = None  # keys rotated
+        self.closed: PagedEntries | PackedEntries | None = None  # keys rotated
         self.tail: Tokens | None = None  # the open entry
         self.ring: Tokens | None = None  # the newest tokens, exact
         self.turn: Tensor | None = None  # () int64, oldest token of a circular ring; None: in order
@@ -54,9 +57,12 @@ class FoldedState(CacheLayerMixin):
         batch, heads = key_states.shape[:2]
         dims = key_states.shape[-1], value_states.shape[-1]
         dtype = torch.promote_types(key_states.dtype, value_states.dtype)
-        self.closed = PagedEntries(
-            batch, heads, PagePool(self.page_size, *dims, dtype, self.device)
-        )
+        if self.codec is None:
+            pool = PagePool(self.page_size, *dims, dtype, self.device)
+            self.closed = PagedEntries(batch, heads, pool)
+        else:
+            shape = Shape(batch, heads, self.page_size, *dims, dtype)
+            self.closed = PackedEntries(shape, self.codec, self.device)
         self.valid_seen = torch.zeros(batch, dtype=torch.int64, device=self.device)
         self.is_initialized = True
 
@@ -79,6 +85,29 @@ class FoldedState(CacheLayerMixin):
         """B, 0 before the first token."""
         return 0 if self.closed is None else len(self.closed.lengths)
 
+    def tokens_seen(self) -> Tensor:
+        """Tokens that are not padding, (B, K) int64."""
+        if self.valid_seen is None or self.lengths is None:
+            return torch.zeros(0, 0, dtype=torch.int64)
+        return self.valid_seen[:, None].expand_as(self.lengths)
+
+    def entry_nbytes(self) -> int:
+        """Bytes of the key and value of one entry of one head, 0 before the first token."""
+        return 0 if self.closed is None else self.closed.entry_nbytes()
+
+    def kept_nbytes(self) -> int:
+        """Bytes of closed entries, ring and the running sums of open entries."""
+        if self.closed is None:
+            return 0
+        total, heads = self.closed.kept_nbytes(), self.closed.lengths.shape[1]
+        if self.ring is not None:
+            total += int(self.ring.valid.sum()) * heads * self.entry_nbytes()
+        if self.tail is not None:
+            sums = (self.tail.key, self.tail.value, self.tail.omega)
+            per_token = sum(t[0, 0, 0].numel() * t.element_size() for t in sums)
+            total += int(self.tail.valid.sum()) * heads * per_token
+        return total
+
     def nbytes(self) -> int:
         """Bytes of all tensors held: pages with and without owner, block table, ring, the rest."""
         if self.closed is None:
@@ -93,26 +122,43 @@ class FoldedState(CacheLayerMixin):
         beside = (self._beside_nbytes() - shared) * len(rows) // max(self.num_requests, 1)
         return self.closed.nbytes_at(rows) + beside + shared
 
+    def _check(self, new: Tokens) -> None:
+        """Refuses tokens of another model or batch than those before."""
+        assert self.closed is not None
+        held = (*self.closed.lengths.shape, self.closed.key_dim, self.dtype)
+        got = (new.key.shape[0], new.key.shape[1], new.key.shape[3], new.key.dtype)
+        if got != held:
+            refuse_other(held, got)
+
     def _beside_nbytes(self) -> int:
         """Bytes of what is held beside the closed entries."""
         runs = [run for run in (self.tail, self.ring) if run is not None]
         parts = [tensor for run in runs for tensor in run.tensors()]
         return tensor_nbytes([*parts, *(t for t in (self.valid_seen, self.turn) if t is not None)])
 
+    def in_place(self) -> dict[str, Any]:
+        """Copies of what a step of one token changes in place; else tensors are replaced."""
+        if self.turn is None:
+            return {}
+        names = ("ring", "tail", "turn", "valid_seen")
+        return copy.deepcopy({name: getattr(self, name) for name in names})
+
+    def mark(self) -> Any:
+        """Where `rewind` can go back to."""
+        return None if self.closed is None else self.closed.mark()
+
+    def rewind(self, mark: Any) -> None:
+        """Undoes what was added to the closed entries since `mark`."""
+        if mark is not None:
+            assert self.closed is not None
+            self.closed.rewind(mark)
+
     def tensors(self) -> dict[str, Tensor]:
         """The state by flat names, as `load_tensors` takes it; entries padded with zeros."""
         if self.closed is None:
             return {}
         assert self.valid_seen is not None
-        key, value, mask = self.closed.padded()
-        longest = int(self.closed.lengths.max()) if self.closed.lengths.numel() else 0
-        empty = ~mask[..., None]
-        found = {
-            "closed_key": key.masked_fill_(empty, 0.0)[:, :, :longest],
-            "closed_value": value.masked_fill_(empty, 0.0)[:, :, :longest],
-            "lengths": self.closed.lengths,
-            "valid_seen": self.valid_seen,
-        }
+        found = self.closed.tensors() | {"valid_seen": self.valid_seen}
         for run, tokens in (("tail", self.tail), ("ring", self.ordered_ring())):
             for field in fields(Tokens) if tokens is not None else ():
                 found[f"{run}.{field.name}"] = getattr(tokens, field.name)
@@ -129,11 +175,9 @@ class FoldedState(CacheLayerMixin):
         self._clear()
         if not tensors:
             return
-        key, value, lengths = (tensors[n] for n in ("closed_key", "closed_value", "lengths"))
-        self.lazy_initialization(key, value)
+        self.lazy_initialization(tensors["closed_key"], tensors["closed_value"])
         assert self.closed is not None
-        mask = torch.arange(key.shape[2], device=key.device) < lengths[..., None]
-        self.closed.append(mask, key[mask], value[mask])
+        self.closed.load(tensors)
         self.valid_seen = tensors["valid_seen"]
         for run in ("tail", "ring"):
             if f"{run}.key" in tensors:
@@ -167,47 +211,3 @@ class FoldedState(CacheLayerMixin):
         rows = rows.to(self.closed.lengths.device)
         self.closed.select(rows)
         self._map(lambda tensor: tensor.index_select(0, rows))
-
-    def get_seq_length(self) -> int:
-        """Tokens seen, padding included; positions go on from here."""
-        return self.seen
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """The mask covers all tokens seen, as for a dense cache."""
-        return self.seen + query_length, 0
-
-    def get_max_length(self) -> int:
-        """-1: no bound."""
-        return -1
-
-    get_max_cache_shape = get_max_length
-
-    def offload(self) -> None:
-        """Moves the layer to the CPU."""
-        self._move("cpu")
-
-    def prefetch(self) -> None:
-        """Moves the layer back to its device."""
-        if self.closed is not None:
-            self._move(self.device)
-
-    def reset(self) -> None:
-        """Forgets everything and frees all pages."""
-        self._clear()
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Picks sequences for beam search."""
-        self._select(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats every sequence `repeats` times."""
-        self._select(torch.arange(self.num_requests).repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps the sequences at `indices` (positions or a mask)."""
-        self._select(torch.arange(self.num_requests)[indices.cpu()])
-
-
-def tensor_nbytes(tensors: list[Tensor]) -> int:
-    """Bytes of the storage of tensors that share none."""
-    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)

@@ -14,7 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from cachefold.cache.layers import FoldedLayer
+from cachefold.cache.codecs import PAGE, get_codec
+from cachefold.cache.compressed import CompressedLayer
+from cachefold.cache.packed import packed_count
 
 if TYPE_CHECKING:
     from cachefold.cache.folded import FoldedCache
@@ -44,6 +46,8 @@ def _facts(cache: FoldedCache) -> dict[str, Any]:
     return {
         "delay": cache.delay,
         "window": cache.window,
+        "evictor": None if cache.evictor is None else cache.evictor.to_dict(),
+        "codec": cache.codec,
         "num_layers": len(cache.layers),
         "folded_layers": cache.folded_layers,
         "num_kv_heads": cache.num_kv_heads,
@@ -54,7 +58,7 @@ def _facts(cache: FoldedCache) -> dict[str, Any]:
 
 
 def _layer_tensors(layer: Any, index: int) -> dict[str, Tensor]:
-    if isinstance(layer, FoldedLayer):
+    if isinstance(layer, CompressedLayer):
         return layer.tensors()
     if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
         raise ValueError(
@@ -109,7 +113,7 @@ def _read(path: Path, device: torch.device | str) -> tuple[dict[str, Any], dict[
 
 def _check_shapes(cache: FoldedCache, parts: dict[str, Tensor], path: str | Path) -> None:
     """The tensors are what the facts say; the file may have been written by another hand."""
-    for name in ("closed_key", "tail.key", "ring.key", "keys"):
+    for name in ("closed_key", "tail.key", "ring.key", "slot_key", "keys"):
         if name not in parts:
             continue
         heads, dim = parts[name].shape[1], parts[name].shape[-1]
@@ -118,13 +122,34 @@ def _check_shapes(cache: FoldedCache, parts: dict[str, Tensor], path: str | Path
                 f"{path} holds {heads} kv heads of {dim} channels, but the model has "
                 f"{cache.num_kv_heads} of {cache.head_dim}; load it for the model it came from"
             )
+    if "packed" in parts and cache.codec is not None:
+        dims = parts["closed_key"].shape[-1], parts["closed_value"].shape[-1]
+        width = get_codec(cache.codec).page_nbytes(*dims)
+        if parts["packed"].shape[-1] != width:
+            raise ValueError(
+                f"{path} holds packed pages of {parts['packed'].shape[-1]} bytes, but codec "
+                f"{cache.codec} makes {width}; save the cache again with this version"
+            )
 
 
 def _check_lengths(parts: dict[str, Tensor], path: str | Path) -> None:
+    vacant = parts.get("vacant")
+    if vacant is not None and vacant.numel():
+        width = parts["slot_key"].shape[2]
+        if int(vacant.min()) < 0 or int(vacant.max()) > width:
+            raise ValueError(
+                f"{path} is damaged: the next entry of a head goes to slot {int(vacant.max())} of "
+                f"{width}; save the cache again"
+            )
     lengths = parts.get("lengths")
     if lengths is None or not lengths.numel():
         return
     capacity = parts["closed_key"].shape[2]
+    if "packed" in parts:
+        in_pages = packed_count(lengths)
+        if int(in_pages.max()) > parts["packed"].shape[2] * PAGE:
+            raise ValueError(f"{path} is damaged: packed pages are missing; save the cache again")
+        lengths = lengths - in_pages
     if int(lengths.min()) < 0 or int(lengths.max()) > capacity:
         raise ValueError(
             f"{path} is damaged: a head counts {int(lengths.max())} entries of {capacity} stored; "
@@ -133,7 +158,7 @@ def _check_lengths(parts: dict[str, Tensor], path: str | Path) -> None:
 
 
 def _fill(layer: Any, parts: dict[str, Tensor], seen: int) -> None:
-    if isinstance(layer, FoldedLayer):
+    if isinstance(layer, CompressedLayer):
         layer.load_tensors(parts, seen)
         return
     # Not reset(): in transformers 5.17 that zeroes tensors in place which an undo still needs.

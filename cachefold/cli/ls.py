@@ -11,17 +11,17 @@ import typer
 
 from cachefold.core.names import closest
 
-KINDS = ("models", "policies", "backends", "artefacts", "recipes")
+KINDS = ("models", "policies", "codecs", "backends", "artefacts", "recipes")
 
 
 def run(
     what: Annotated[str, typer.Argument(metavar="|".join(KINDS), help="What to list.")],
 ) -> None:
-    """List models, policies, attention backends, artefacts or recipes."""
+    """List models, policies, codecs, attention backends, artefacts or recipes."""
     if what not in KINDS:
         raise ValueError(f"can't list {what!r}.{closest(what, KINDS)} Kinds: {', '.join(KINDS)}.")
     rows = {
-        "models": _models, "policies": _policies, "backends": _backends,
+        "models": _models, "policies": _policies, "codecs": _codecs, "backends": _backends,
         "artefacts": _artefacts, "recipes": _recipes,
     }[what]()  # fmt: skip
     lines = list(rows)
@@ -43,13 +43,19 @@ def _models() -> Iterable[tuple[str, str]]:
 def _policies() -> Iterable[tuple[str, str]]:
     from dataclasses import fields
 
-    from cachefold.policies import get_policy, list_policies
+    from cachefold.policies import list_policies, policy_class
 
     for name in list_policies():
-        policy = get_policy(name)
-        options = ", ".join(f"{f.name}={getattr(policy, f.name)}" for f in fields(policy))
-        about = (type(policy).__doc__ or "").strip().splitlines()[0]
-        yield name, f"{about} Options: {options}"
+        policy = policy_class(name)
+        options = ", ".join(f"{field.name}={field.default}" for field in fields(policy))
+        about = (policy.__doc__ or "").strip().splitlines()[0]
+        yield name, f"{about} Options: {options or 'none'}"
+
+
+def _codecs() -> Iterable[tuple[str, str]]:
+    from cachefold.cache.codecs import describe_codecs
+
+    yield from describe_codecs().items()
 
 
 def _backends() -> Iterable[tuple[str, str]]:

@@ -13,12 +13,15 @@ from transformers import PreTrainedModel
 from cachefold.attention.call import PagedCall, ParallelCall, StepCall
 from cachefold.attention.dispatch import choose, tell
 from cachefold.cache import FoldedCache, FoldedLayer, Stream
+from cachefold.cache.entries import PagedEntries
 from cachefold.cache.stream import without_padding
 from cachefold.core.decisions import Decisions, constrain, harden, relax
+from cachefold.core.heads import pool_heads
 from cachefold.core.merging import running_means
 from cachefold.core.rotary import rotate
 from cachefold.core.tokens import Tokens
 from cachefold.models import families
+from cachefold.models.evicting import EvictingAttention
 from cachefold.models.masks import valid_tokens
 from cachefold.models.run import FoldRun
 from cachefold.policies.base import Decision, LearnedPolicy
@@ -53,6 +56,7 @@ class FoldedAttention:
         batch, count = hidden_states.shape[:2]
         valid = valid_tokens(attention_mask, batch, count, hidden_states.device)
         query, key, value = families.project(self, hidden_states)
+        key, value = (pool_heads(x, self.policy.kv_heads) for x in (key, value))
         layer = _folded_layer(past_key_values, self.layer_idx)
         fresh = layer is None or layer.get_seq_length() == 0
         logits, omega = self.policy.share(*self.decision(query, key, hidden_states))
@@ -66,7 +70,8 @@ class FoldedAttention:
             return self._project_out(layer.step(tokens, run_step, padded)), None
         stream = None if layer is None else layer.extend(tokens, damp.factors)
         # With nothing merged the folded form is plain attention: same kernel, same bits.
-        if fresh and run.mode == "hard" and damp.factors is None and not bool(alpha.any()):
+        plain = run.mode == "hard" and damp.factors is None and self.policy.kv_heads is None
+        if fresh and plain and not bool(alpha.any()):
             return original(past_key_values=None)
         query = damp(rotate(damp(query), tokens.cos, tokens.sin))
         if stream is None:
@@ -97,7 +102,12 @@ class FoldedAttention:
     ) -> Tensor:
         """One token after a cache: folds and attends in one call, (B, H, 1, Dv)."""
         closed, ring, tail, turn = layer.closed, layer.ring, layer.tail, layer.turn
-        assert closed is not None and ring is not None and tail is not None and turn is not None
+        assert (
+            isinstance(closed, PagedEntries)
+            and ring is not None
+            and tail is not None
+            and turn is not None
+        )
         call = StepCall(
             query=damp(query), new=new, ring=ring, turn=turn, tail=tail, pages=closed.pool.data,
             page_size=layer.page_size, table=closed.table, lengths=closed.lengths,
@@ -161,12 +171,14 @@ class Damping:
 
 
 def _can_step(layer: FoldedLayer, query: Tensor, new: Tokens) -> bool:
-    """Whether a token goes into the cache in place; tells why a window forbids it."""
+    """Whether a token goes into the cache in place; tells what forbids it."""
     if layer.can_step:
         inputs = (query, new.key, new.value, new.omega)
         return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs))
     if layer.window not in (None, 1):
         tell(logging.INFO, "no steps in place: a window needs the tokens of the open entry")
+    if layer.codec is not None:
+        tell(logging.INFO, "no steps in place: packed entries are unpacked before attention")
     return False
 
 
@@ -192,4 +204,5 @@ def _folded_layer(cache: Any, layer_idx: int) -> Any:
 def folded_layers(model: PreTrainedModel) -> list[int]:
     """Indices of the folded layers."""
     layers = families.attention_layers(model)
-    return [i for i, layer in enumerate(layers) if isinstance(layer, FoldedAttention)]
+    mixins = (FoldedAttention, EvictingAttention)
+    return [i for i, layer in enumerate(layers) if isinstance(layer, mixins)]

@@ -11,13 +11,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from cachefold.cache.codecs import get_codec
 from cachefold.models import families
 from cachefold.models.attention import FoldedAttention, folded_layers
+from cachefold.models.evicting import EvictingAttention
 from cachefold.models.generation import FoldedCausalLM, new_cache, supply_cache
 from cachefold.models.lora import adapted_modules, remove_lora
 from cachefold.models.mixing import mix_in, mix_out
 from cachefold.models.run import FoldRun
-from cachefold.policies.base import LearnedPolicy
+from cachefold.policies.base import BudgetPolicy, LearnedPolicy, Policy
 
 __all__ = [
     "FoldRun",
@@ -34,12 +36,16 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 
-def fold(model: PreTrainedModel, policy: LearnedPolicy) -> PreTrainedModel:
-    """Folds a model in place: full-attention layers get decision modules and a folding cache.
+def fold(model: PreTrainedModel, policy: Policy, codec: str | None = None) -> PreTrainedModel:
+    """Folds a model in place: full-attention layers get a cache that folds or evicts.
+
+    A learned policy adds decision modules; one that learns nothing adds no parameters.
 
     Args:
         model: a causal language model of a supported family.
-        policy: what decides, for example `DMC(cr=2)`.
+        policy: what decides, for example `DMC(cr=2)` or, without training, `TOVA(budget=512)`.
+        codec: how its caches pack entries, a name of `cachefold ls codecs`; None = entries keep
+            the dtype of the model. It is no part of what `save_folded` writes.
 
     Returns:
         The same model.
@@ -59,13 +65,20 @@ def fold(model: PreTrainedModel, policy: LearnedPolicy) -> PreTrainedModel:
     """
     if is_folded(model):
         raise ValueError("the model is folded already; call unfold(model) first")
+    if codec is not None:
+        get_codec(codec)
     full = _foldable(model)
-    decisions = [_build_decision(layer, policy) for layer in full]
+    decisions = [
+        None if isinstance(policy, BudgetPolicy) else _build_decision(layer, policy)
+        for layer in full
+    ]
     state: Any = model
-    state._cachefold_adapted = frozenset(adapted_modules(model))
+    state._cachefold_adapted, state._cachefold_codec = frozenset(adapted_modules(model)), codec
     for layer, decision in zip(full, decisions, strict=True):
-        mix_in(layer, FoldedAttention)
-        layer.policy, layer.decision = policy, decision
+        mix_in(layer, EvictingAttention if decision is None else FoldedAttention)
+        layer.policy = policy
+        if decision is not None:
+            layer.decision = decision
     model.config.cachefold = policy.to_dict()
     state._cachefold_hook = model.register_forward_pre_hook(supply_cache, with_kwargs=True)
     mix_in(model, FoldedCausalLM)
@@ -103,7 +116,13 @@ def _refuse_hooked(layer: Any) -> None:
 
 def _build_decision(layer: Any, policy: LearnedPolicy) -> nn.Module:
     config = layer.config
-    decision = policy.build_decision(config.hidden_size, config.num_key_value_heads, layer.head_dim)
+    kv_heads = policy.kv_heads or config.num_key_value_heads
+    if config.num_key_value_heads % kv_heads:
+        raise ValueError(
+            f"kv_heads={kv_heads} doesn't divide the {config.num_key_value_heads} kv heads of the "
+            "model, which are pooled in groups of equal size"
+        )
+    decision = policy.build_decision(config.hidden_size, kv_heads, layer.head_dim)
     return decision.to(layer.o_proj.weight.device)
 
 
@@ -125,27 +144,29 @@ def unfold(model: PreTrainedModel) -> PreTrainedModel:
     """
     if not is_folded(model):
         raise ValueError("the model is not folded; there is nothing to take back")
-    folded_modules = [
-        attention
-        for attention in families.attention_layers(model)
-        if isinstance(attention, FoldedAttention)
-    ]
+    layers = families.attention_layers(model)
+    folded_modules = [layers[index] for index in folded_layers(model)]
     for attention in folded_modules:
         _refuse_hooked(attention)
     state: Any = model
     remove_lora(model, keep=state._cachefold_adapted)
     for attention in folded_modules:
+        if isinstance(attention, FoldedAttention):
+            del attention.decision
         mix_out(attention)
-        del attention.decision, attention.policy
+        del attention.policy
     state._cachefold_hook.remove()
     mix_out(model)
-    del state._cachefold_hook, state._cachefold_adapted, state.config.cachefold
+    del state._cachefold_hook, state._cachefold_adapted, state._cachefold_codec
+    del state.config.cachefold
     return model
 
 
 @contextmanager
-def folded(model: PreTrainedModel, policy: LearnedPolicy) -> Iterator[PreTrainedModel]:
-    """Folds a model for the length of a `with` block.
+def folded(
+    model: PreTrainedModel, policy: Policy, codec: str | None = None
+) -> Iterator[PreTrainedModel]:
+    """Folds a model for the length of a `with` block; see `fold`.
 
     >>> from cachefold import DMC
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -159,7 +180,7 @@ def folded(model: PreTrainedModel, policy: LearnedPolicy) -> Iterator[PreTrained
     >>> is_folded(model)
     False
     """
-    fold(model, policy)
+    fold(model, policy, codec)
     try:
         yield model
     finally:
@@ -193,7 +214,7 @@ def zero_decision_neurons(model: PreTrainedModel) -> PreTrainedModel:
     if not is_folded(model):
         raise ValueError("the model is not folded; call fold(model, policy) first")
     attentions = [families.attention_layers(model)[index] for index in folded_layers(model)]
-    if any(attention.decision.neuron is None for attention in attentions):
+    if any(getattr(attention.policy, "decision", None) != "neuron" for attention in attentions):
         raise ValueError('only decision "neuron" has neurons to zero; fold with it')
     if adapted_modules(model):
         raise ValueError(

@@ -15,7 +15,7 @@ from cachefold.cache import FoldedCache
 from cachefold.models import families
 from cachefold.models.attention import check_cache, folded_layers
 from cachefold.models.run import FoldRun
-from cachefold.policies.base import LearnedPolicy
+from cachefold.policies.base import BudgetPolicy, Policy
 
 
 class FoldedCausalLM:
@@ -57,6 +57,7 @@ def new_cache(
     page_size: int = 16,
     max_bytes: int | None = None,
     backend: str = "auto",
+    codec: str | None = None,
 ) -> FoldedCache:
     """An empty cache for a folded model.
 
@@ -65,6 +66,8 @@ def new_cache(
         page_size: entries per page, 16 or 32.
         max_bytes: most bytes that the cache may hold; None = no limit. See `FoldedCache`.
         backend: of attention over this cache: `auto`, or a name of `cachefold ls backends`.
+        codec: how entries are packed, a name of `cachefold ls codecs`; None = what `fold` was
+            told. See `FoldedCache`.
 
     Raises:
         ValueError: the model is not folded, or an option out of range.
@@ -73,17 +76,53 @@ def new_cache(
     layers = folded_layers(model)
     if not layers:
         raise ValueError("the model is not folded; call fold(model, policy) first")
-    policy: LearnedPolicy = families.attention_layers(model)[layers[0]].policy
+    policy: Policy = families.attention_layers(model)[layers[0]].policy
+    state: Any = model
+    codec = codec or state._cachefold_codec
+    if isinstance(policy, BudgetPolicy):
+        _check_evicting(policy.name, page_size, backend)
+        return FoldedCache(model.config, folded_layers=layers, max_bytes=max_bytes, evictor=policy)
     return FoldedCache(
         model.config, folded_layers=layers, delay=policy.delay, window=policy.window,
-        page_size=page_size, max_bytes=max_bytes, backend=backend,
+        page_size=page_size, max_bytes=max_bytes, backend=backend, codec=codec,
     )  # fmt: skip
+
+
+def _check_evicting(name: str, page_size: int, backend: str) -> None:
+    if (page_size, backend) != (16, "auto"):
+        raise ValueError(
+            f"page_size={page_size} and backend={backend!r} say how a folding cache is kept and "
+            f"read; {name} evicts and has neither pages nor backends: leave both out"
+        )
+
+
+def _check_run(name: str, run: FoldRun) -> None:
+    if run.mode in ("hard", "dense") and run.recorder is None:
+        return
+    asked = "a recorder" if run.recorder is not None else f"mode {run.mode!r}"
+    raise ValueError(
+        f"fold_run asks for {asked}, but {name} learns nothing and takes no decisions of that "
+        'kind; use mode "hard" (which evicts) or "dense", and read what was kept from the cache'
+    )
+
+
+def _check_policy(policy: Policy, cache: FoldedCache) -> None:
+    wanted = policy if isinstance(policy, BudgetPolicy) else None
+    if cache.evictor != wanted:
+        raise ValueError(
+            f"this cache was made for {cache.evictor or 'a policy that folds'}, but the model is "
+            f"folded with {policy}; leave past_key_values out, or pass "
+            "cachefold.models.fold.new_cache(model)"
+        )
 
 
 def supply_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Forward pre-hook: a call without a cache gets a folded one; other caches are refused."""
     run = kwargs.get("fold_run") or FoldRun()
     cache = kwargs.get("past_key_values")
+    policy = families.attention_layers(model)[folded_layers(model)[0]].policy
+    if isinstance(policy, BudgetPolicy):
+        _check_run(policy.name, run)
     if run.mode != "hard" and isinstance(cache, FoldedCache):
         raise ValueError(
             f"fold_run mode {run.mode!r} can't go on with a FoldedCache, which carries out hard "
@@ -92,6 +131,8 @@ def supply_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     if run.mode == "dense":
         return None
     check_cache(cache)
+    if cache is not None:
+        _check_policy(policy, cache)
     use_cache = kwargs.get("use_cache")
     if use_cache is None:
         # Only hard decisions can be carried out in a cache.

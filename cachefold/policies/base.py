@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor, nn
 
+from cachefold.core.eviction import Evictor
 from cachefold.core.names import closest
 
 
@@ -68,6 +69,11 @@ class LearnedPolicy(Protocol):
         """Channel that decides, where a decision reads one."""
         ...
 
+    @property
+    def kv_heads(self) -> int | None:
+        """Kv heads left after mean pooling; None = all."""
+        ...
+
     def build_decision(self, hidden_size: int, num_kv_heads: int, head_dim: int) -> nn.Module:
         """Makes the `Decision` of one attention layer."""
         ...
@@ -80,6 +86,22 @@ class LearnedPolicy(Protocol):
         """Returns name and options, as `get_policy` takes them."""
         ...
 
+
+@runtime_checkable
+class BudgetPolicy(Evictor, Protocol):
+    """A method that learns nothing and evicts entries; a frozen dataclass under `register`."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+    name: ClassVar[str]
+    """The name it is registered under."""
+
+    @property
+    def cr(self) -> float | None:
+        """Target compression ratio, tokens seen / entries kept; None where a budget is set."""
+        ...
+
+
+Policy = LearnedPolicy | BudgetPolicy
 
 _POLICIES: dict[str, type] = {}
 _Policy = TypeVar("_Policy", bound=type)
@@ -106,7 +128,25 @@ def list_policies() -> list[str]:
     return sorted(_POLICIES)
 
 
-def get_policy(name: str, **options: Any) -> LearnedPolicy:
+def policy_class(name: str) -> type:
+    """Finds the dataclass of a policy, which some can't be made of without options.
+
+    Raises:
+        ValueError: unknown name, with the closest match.
+
+    >>> policy_class("dmc").__name__
+    'DMC'
+    """
+    if name not in _POLICIES:
+        allowed = list_policies()
+        raise ValueError(
+            f"unknown policy {name!r}.{closest(name, allowed)} Available: {', '.join(allowed)}. "
+            "See `cachefold ls policies`."
+        )
+    return _POLICIES[name]
+
+
+def get_policy(name: str, **options: Any) -> Policy:
     """Builds a policy from its name and options.
 
     Raises:
@@ -115,13 +155,7 @@ def get_policy(name: str, **options: Any) -> LearnedPolicy:
     >>> get_policy("dmc", cr=4.0).cr
     4.0
     """
-    if name not in _POLICIES:
-        allowed = list_policies()
-        raise ValueError(
-            f"unknown policy {name!r}.{closest(name, allowed)} Available: {', '.join(allowed)}. "
-            "See `cachefold ls policies`."
-        )
-    policy = _POLICIES[name]
+    policy = policy_class(name)
     known = [field.name for field in fields(policy)]
     for option in options:
         if option not in known:

@@ -14,6 +14,8 @@ OMEGA_EPS = torch.finfo(torch.bfloat16).eps
 LINEAR_SCALE = 10.0
 """Factor on the projection, so that a small learning rate moves decisions fast."""
 LINEAR_ALPHA_BIAS = -4.0
+KEEP_LOGIT = -1e4
+"""So far below 0 that no noise of training merges."""
 
 
 class LinearDecision(nn.Module):
@@ -57,6 +59,21 @@ class LinearDecision(nn.Module):
             return logits, torch.ones_like(logits)
         merge, importance = logits.chunk(2, dim=1)
         return merge, torch.sigmoid(importance).clamp(min=OMEGA_EPS)
+
+
+class KeepDecision(nn.Module):
+    """Never merges; has no parameters.
+
+    >>> KeepDecision()(None, torch.ones(1, 2, 3, 4), None)[0].shape
+    torch.Size([1, 2, 3])
+    """
+
+    neuron = None
+
+    def forward(self, query: Tensor, key: Tensor, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Decides; see `policies.base.Decision`."""
+        logits = torch.full(key.shape[:3], KEEP_LOGIT, device=key.device)
+        return logits, torch.ones_like(logits)
 
 
 class NeuronDecision(nn.Module):

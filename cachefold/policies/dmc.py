@@ -14,6 +14,7 @@ from cachefold.policies.options import (
     check_cr,
     check_delay,
     check_index,
+    check_kv_heads,
     check_window,
 )
 
@@ -41,6 +42,8 @@ class DMC:
     """`head` = each kv head decides; `layer` = one decision per layer (DMC-C)."""
     neuron: int = -1
     """Channel of q and k that decides, for `neuron`: the released code uses the last."""
+    kv_heads: int | None = None
+    """kv heads left after mean pooling (GQA), which `cr` does not count; None = all."""
 
     def __post_init__(self) -> None:
         """Checks values."""
@@ -50,6 +53,7 @@ class DMC:
         check_index("neuron", self.neuron)
         check_choice("decision", self.decision, ("linear", "neuron"))
         check_choice("per", self.per, ("head", "layer"))
+        check_kv_heads(self.kv_heads)
 
     def build_decision(self, hidden_size: int, num_kv_heads: int, head_dim: int) -> nn.Module:
         """Makes the decision module of one attention layer.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cachefold.policies.base import register
 from cachefold.policies.decisions import LinearDecision, share_in_layer
-from cachefold.policies.options import check_choice, check_cr, check_delay
+from cachefold.policies.options import check_choice, check_cr, check_delay, check_kv_heads
 
 
 @register("dms")
@@ -35,12 +35,15 @@ class DMS:
     """Tokens between a decision and the eviction (256 in the paper; 16 trains stably)."""
     per: str = "head"
     """`head` = each kv head decides; `layer` = one decision per layer."""
+    kv_heads: int | None = None
+    """kv heads left after mean pooling (GQA), which `cr` does not count; None = all."""
 
     def __post_init__(self) -> None:
         """Checks values."""
         check_cr(self.cr)
         check_delay(self.delay)
         check_choice("per", self.per, ("head", "layer"))
+        check_kv_heads(self.kv_heads)
 
     def build_decision(self, hidden_size: int, num_kv_heads: int, head_dim: int) -> nn.Module:
         """Makes the decision module of one attention layer; there is nothing to weigh."""

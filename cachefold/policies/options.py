@@ -50,6 +50,21 @@ def check_window(window: Any) -> None:
         )
 
 
+def check_kv_heads(kv_heads: Any) -> None:
+    """Refuses anything but a number of kv heads, or None; the model says which numbers fit.
+
+    Raises:
+        ValueError: not a whole number >= 1.
+
+    >>> check_kv_heads(None)
+    """
+    if kv_heads is not None and (not is_int(kv_heads) or kv_heads < 1):
+        raise ValueError(
+            f"kv_heads is how many kv heads are left after pooling, a whole number >= 1, or null "
+            f"for all; got {kv_heads!r}"
+        )
+
+
 def check_index(name: str, index: Any) -> None:
     """Refuses anything but the index of a channel.
 

@@ -15,6 +15,7 @@ import yaml
 from cachefold.core.decisions import RELAXATIONS
 from cachefold.core.names import closest
 from cachefold.policies import get_policy
+from cachefold.policies.base import BudgetPolicy
 
 _Config = TypeVar("_Config")
 DTYPES = ("bfloat16", "float32")
@@ -111,7 +112,7 @@ class RetrofitConfig:
     data: DataConfig = field(default_factory=DataConfig)
     """The text."""
     train: TrainConfig = field(default_factory=TrainConfig)
-    """The training."""
+    """How it is trained."""
 
     def __post_init__(self) -> None:
         """Checks values that types alone do not."""
@@ -129,9 +130,12 @@ class RetrofitConfig:
         options = dict(self.policy)
         name = options.pop("name", "dmc")
         try:
-            return get_policy(name, **options)
+            policy = get_policy(name, **options)
         except TypeError as error:
             raise ValueError(f"policy: a value has the wrong type ({error})") from error
+        if isinstance(policy, BudgetPolicy):
+            raise ValueError(f"policy {name!r} learns nothing: cachefold.folded(model, policy)")
+        return policy
 
     @property
     def tokens_per_step(self) -> int:
