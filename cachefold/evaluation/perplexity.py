@@ -1,25 +1,145 @@
-"""Loss on held-out text through the parallel form with hard decisions, so folding is seen."""
+"""Loss on held-out text, by context length and dense against folded."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
-from cachefold.core.accounting import compression_ratio, count_entries
-from cachefold.core.decisions import Decisions
+from cachefold.evaluation.reading import Reading
+from cachefold.evaluation.subject import Subject
+from cachefold.evaluation.task import Estimate, check_limit, data_file
 from cachefold.models.fold import FoldRun, is_folded
 from cachefold.models.lora import adapters_disabled
-from cachefold.text import load_blocks
+from cachefold.text import Row, load_blocks, read_file
 
-_CHUNK = 128
+FILES = ("chat", "code", "moby_dick", "textbook", "wikipedia", "wikitext2")
+"""Of the data folder's heldout."""
+
+# How many pieces there are depends on the tokenizer, and rows are known before it; SmolLM2 has
+# 3.4 to 4.5 characters in a token.
+_MOST_CHARACTERS = 6
+_BLOCK = 16
+_FIRST_BIN = 128
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Perplexity:
+    """Loss on pieces of held-out text, one text per row, all files in turn.
+
+    Plain pieces follow one another and every token but the first counts, also by how much
+    context it had: `loss_to_256` is that of tokens with 128 to 255 tokens before them. Sliding
+    windows overlap by half and only their second half counts, so that every token has at least
+    half a window of context.
+
+    Raises:
+        ValueError: a length that can't be halved.
+
+    >>> Perplexity(tokens=2048, sliding=True).name
+    'perplexity-sliding-2048'
+    """
+
+    tokens: int = 1024
+    """Of a piece, or of a window; even."""
+    sliding: bool = False
+    """Whether windows overlap."""
+    metric: str = "loss"
+    """nats/token."""
+    higher_is_better: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks the length."""
+        if self.tokens < 4 or self.tokens % 2:
+            raise ValueError(f"tokens must be even and >= 4, got {self.tokens}")
+
+    @property
+    def name(self) -> str:
+        """`perplexity-1024`, or `perplexity-sliding-1024`."""
+        return f"perplexity-{'sliding-' if self.sliding else ''}{self.tokens}"
+
+    @property
+    def _step(self) -> int:
+        """Tokens from the start of a row to that of the next."""
+        return self.tokens // 2 if self.sliding else self.tokens
+
+    def rows(self, limit: int | None) -> list[dict[str, Any]]:
+        """Rows say `file` and `piece`; the first pieces of all files come first."""
+        check_limit(limit)
+        found = []
+        for index, name in enumerate(FILES):
+            characters = sum(map(_characters, read_file(data_file(f"heldout/{name}.jsonl.gz"))))
+            pieces = characters // (_MOST_CHARACTERS * self._step) - self.sliding
+            found += [(piece, index, name) for piece in range(pieces)]
+        return [
+            {"id": f"{name}/{piece}", "file": name, "piece": piece}
+            for piece, _, name in sorted(found)[:limit]
+        ]
+
+    def evaluate(
+        self, rows: Sequence[dict[str, Any]], subject: Subject
+    ) -> Iterator[dict[str, Any]]:
+        """Scores rows."""
+        texts = {
+            name: load_blocks(
+                [data_file(f"heldout/{name}.jsonl.gz")], subject.tokenizer, self._step
+            )
+            for name in sorted({row["file"] for row in rows})
+        }
+        for start in range(0, len(rows), _BLOCK):
+            block = rows[start : start + _BLOCK]
+            pieces = [self._piece(texts[row["file"]], row) for row in block]
+            for row, nats in zip(block, subject.losses(pieces), strict=True):
+                yield {"id": row["id"]} | self._means(nats.double())
+
+    def _piece(self, blocks: Tensor, row: dict[str, Any]) -> Tensor:
+        """The tokens of a row, (tokens,)."""
+        piece = blocks[row["piece"] : row["piece"] + self.tokens // self._step].flatten()
+        if len(piece) < self.tokens:
+            raise ValueError(
+                f"{row['file']} has no piece {row['piece']} of {self.tokens} tokens with this "
+                f"tokenizer, which makes more than {_MOST_CHARACTERS} characters a token"
+            )
+        return piece
+
+    def _means(self, nats: Tensor) -> dict[str, float]:
+        """From the loss of tokens 1 to `tokens` - 1, (tokens - 1,)."""
+        if self.sliding:
+            return {"loss": nats[self._step - 1 :].mean().item()}
+        means = {"loss": nats.mean().item()}
+        first, end = 0, _FIRST_BIN
+        while first < self.tokens:
+            # Entry i is the loss of token i + 1, which has i + 1 tokens before it.
+            means[f"loss_to_{min(end, self.tokens)}"] = (
+                nats[max(first - 1, 0) : end - 1].mean().item()
+            )
+            first, end = end, 2 * end
+        return means
+
+    def summarise(self, results: Sequence[dict[str, Any]]) -> dict[str, Estimate]:
+        """Means over rows, and the perplexity with its error by the delta method."""
+        names = [name for name in results[0] if name != "id"]
+        found = {name: Estimate.of([row[name] for row in results]) for name in names}
+        return {"loss": found["loss"], "perplexity": found["loss"].exp()} | found
+
+
+def _characters(row: Row) -> int:
+    fields = row[1]
+    if "messages" in fields:
+        return sum(len(message["content"]) for message in fields["messages"])
+    return len(fields["text"])
+
+
+TASKS = tuple(
+    Perplexity(tokens=tokens, sliding=sliding)
+    for sliding in (False, True)
+    for tokens in (512, 1024, 2048, 4096, 8192)
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +165,14 @@ class HeldOutLoss:
     def increase(self) -> float:
         """nats/token that folding costs, adapters included."""
         return self.folded_loss - self.dense_loss
+
+
+class _Unfolded(Subject):
+    """The original model inside a folded one."""
+
+    def _reading(self) -> Reading:
+        cache = DynamicCache(config=self.model.config)
+        return Reading(self.model, cache, {"fold_run": FoldRun(mode="dense")})
 
 
 def heldout_loss(
@@ -78,7 +206,6 @@ def heldout_loss(
     return [_measure_file(model, base, tokenizer, Path(file), pieces, tokens) for file in files]
 
 
-@torch.no_grad()
 def _measure_file(
     model: PreTrainedModel,
     base: PreTrainedModel | None,
@@ -87,47 +214,24 @@ def _measure_file(
     pieces: int,
     tokens: int,
 ) -> HeldOutLoss:
-    blocks = load_blocks([file], tokenizer, tokens)[:pieces]
-    pieces = len(blocks)
-    dense, folded = torch.zeros(2, pieces, dtype=torch.float64)
-    seen, kept = 0, 0
-    for i, piece in enumerate(blocks[:, None]):
-        dense[i] = _dense_loss(model, base, piece)
-        decisions: dict[int, Decisions] = {}
-        folded[i] = _loss(model, piece, FoldRun(recorder=decisions))
-        assert decisions, "no layer decided: folding was not seen"
-        alphas = (decision.alpha for decision in decisions.values())
-        valid = torch.ones_like(piece, dtype=torch.bool)
-        more_seen, more_kept = count_entries(alphas, valid, model.config.cachefold["delay"])
-        seen, kept = seen + more_seen, kept + more_kept
+    texts = load_blocks([file], tokenizer, tokens)[:pieces]
+    options: dict[str, Any] = {"batch_size": 1, "max_length": tokens}
+    subject = Subject(model, tokenizer, **options)
+    folded = _piece_losses(subject, texts)
+    if base is not None:
+        dense = _piece_losses(Subject(base, tokenizer, **options), texts)
+    else:
+        with adapters_disabled(model):
+            dense = _piece_losses(_Unfolded(model, tokenizer, **options), texts)
     return HeldOutLoss(
-        name=file.name.split(".")[0], pieces=pieces, tokens=tokens,
+        name=file.name.split(".")[0], pieces=len(texts), tokens=tokens,
         dense_loss=dense.mean().item(), folded_loss=folded.mean().item(),
-        cr=compression_ratio(seen, kept),
-        increase_error=(folded - dense).std().item() / pieces**0.5
-        if pieces > 1 else math.nan,
+        cr=subject.footprint.cr,
+        increase_error=(folded - dense).std().item() / len(texts) ** 0.5
+        if len(texts) > 1 else math.nan,
     )  # fmt: skip
 
 
-def _dense_loss(model: PreTrainedModel, base: PreTrainedModel | None, ids: Tensor) -> float:
-    if base is not None:
-        return _loss(base, ids)
-    with adapters_disabled(model):
-        return _loss(model, ids, FoldRun(mode="dense"))
-
-
-def _loss(model: PreTrainedModel, ids: Tensor, run: FoldRun | None = None) -> float:
-    """Mean nats/token of (1, T) ids, logits by chunks in float32."""
-    ids = ids.to(next(model.parameters()).device)
-    how: dict[str, Any] = {} if run is None else {"fold_run": run}
-    output = model(
-        input_ids=ids, logits_to_keep=1, output_hidden_states=True, use_cache=False, **how
-    )
-    hidden, head = output.hidden_states[-1][0, :-1], model.get_output_embeddings()
-    cap = getattr(model.config, "final_logit_softcapping", None)
-    total = 0.0
-    for states, labels in zip(hidden.split(_CHUNK), ids[0, 1:].split(_CHUNK), strict=True):
-        logits = head(states).float()
-        logits = logits if cap is None else cap * torch.tanh(logits / cap)
-        total += F.cross_entropy(logits, labels, reduction="sum").item()
-    return total / (ids.shape[1] - 1)
+def _piece_losses(subject: Subject, texts: Tensor) -> Tensor:
+    """Mean nats/token of each of (M, T) texts, (M,) float64."""
+    return torch.stack([nats.double().mean() for nats in subject.losses(list(texts))])

@@ -1,0 +1,198 @@
+"""`cachefold eval`: methods side by side, quality against bytes."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cachefold.cli._artefact import find
+from cachefold.evaluation.settings import DEFAULT_MODEL, EvalSettings
+
+if TYPE_CHECKING:
+    from cachefold.evaluation.compare import Comparison
+    from cachefold.evaluation.methods import Method
+
+OUT = Path("runs/eval")
+DATA = Path("data/heldout")
+AGAINST, CR, CODEC = "dense", "2", "none"
+
+
+def run(
+    model: Annotated[
+        str, typer.Argument(help="Zoo name, folder or hub id; or the folder of an artefact.")
+    ] = DEFAULT_MODEL,
+    against: Annotated[
+        str,
+        typer.Option(
+            help="Policies and artefact folders, each also as NAME+CODEC: dense,tova,full+int4."
+        ),
+    ] = AGAINST,
+    cr: Annotated[
+        str, typer.Option(help="Tokens / entries of policies by name, such as 2,4,8.")
+    ] = CR,
+    codec: Annotated[
+        str, typer.Option(help="For methods that name none: `none`, int4, int4,int2 ...")
+    ] = CODEC,
+    tasks: Annotated[str, typer.Option(help="Names with commas between; none if empty.")] = "",
+    limit: Annotated[int | None, typer.Option(help="Most rows of each task.")] = None,
+    pieces: Annotated[int, typer.Option(help="Most held-out pieces of each file.")] = 6,
+    tokens: Annotated[int, typer.Option(help="Tokens of a piece.")] = 1024,
+    context: Annotated[
+        int, typer.Option(help="Tokens in the cache whose bytes and speed are measured.")
+    ] = 2048,
+    data: Annotated[Path, typer.Option(help="Folder of held-out text.")] = DATA,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    batch_size: Annotated[str, typer.Option(help="Texts side by side, or auto.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of policies that draw.")] = 0,
+    out: Annotated[
+        Path, typer.Option(help="Folder of the report and of finished work, which is kept.")
+    ] = OUT,
+    source: Annotated[
+        Path | None, typer.Option("--from", help="Make table and picture of an eval.json again.")
+    ] = None,
+) -> None:
+    """Compare methods at equal memory: held-out loss, tasks, bytes of the cache, speed."""
+    if source is not None:
+        _again(source, out if out != OUT else None)
+        return
+    size: Any = batch_size if batch_size == "auto" else _number("--batch-size", batch_size, int)
+    settings = EvalSettings(
+        dtype=dtype, batch_size=size, limit=limit, pieces=pieces, tokens=tokens, context=context,
+        seed=seed,
+    )  # fmt: skip
+    asked = {
+        "against": against, "cr": cr, "codec": codec, "tasks": tasks, "data": str(data),
+        "out": str(out),
+    }  # fmt: skip
+    _compare(model, settings, asked)
+
+
+def _compare(model: str, settings: EvalSettings, asked: dict[str, str]) -> None:
+    import torch
+    from transformers.utils import logging as hub_logging
+
+    from cachefold.benchmark.machine import environment
+    from cachefold.evaluation.compare import Comparison
+    from cachefold.evaluation.plot import check_matplotlib
+
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    hub_logging.disable_progress_bar()
+    check_matplotlib()
+    torch.set_flush_denormal(True)
+    base, methods = _methods(model, asked)
+    comparison = Comparison(
+        _with_model(settings, base), methods, _names(asked["tasks"]),
+        files=_files(Path(asked["data"])), out=Path(asked["out"]),
+        facts={"command": command_of(model, settings, asked), "environment": environment()},
+        progress=lambda line: print(line, file=sys.stderr, flush=True),
+    )  # fmt: skip
+    try:
+        complete = comparison.run()
+    finally:
+        _show(comparison)
+    if not complete:
+        raise typer.Exit(1)
+
+
+def _methods(model: str, asked: dict[str, str]) -> tuple[str, list[Method]]:
+    """The base model, and the methods that were named."""
+    from cachefold.evaluation.naming import Naming, codecs_of, is_artefact, parse_methods
+    from cachefold.models.hub import read_config
+
+    words = _names(asked["against"])
+    folder = find(Path(model))
+    base = model
+    if is_artefact(folder):
+        base = str(read_config(folder)["base"]["id"])
+        words = [str(folder), *words]
+    naming = Naming(
+        base=base,
+        crs=_ratios(asked["cr"]),
+        codecs=codecs_of(_names(asked["codec"])),
+        folders=(find(Path("artefacts")), Path("runs")),
+    )
+    return base, parse_methods(words, naming)
+
+
+def _with_model(settings: EvalSettings, base: str) -> EvalSettings:
+    from dataclasses import replace
+
+    return replace(settings, model=base)
+
+
+def _ratios(text: str) -> tuple[float, ...]:
+    ratios = tuple(dict.fromkeys(_number("--cr", word, float) for word in _names(text)))
+    if not ratios or any(not 1 <= ratio < float("inf") for ratio in ratios):
+        raise ValueError(f"--cr is tokens seen / entries kept, at least 1; got {text!r}")
+    return ratios
+
+
+def _number(option: str, text: str, kind: Any) -> Any:
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise ValueError(f"{option} takes numbers, such as 2; got {text!r}") from error
+
+
+def _names(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _files(folder: Path) -> list[Path]:
+    folder = find(folder)
+    kinds = ("*.jsonl", "*.jsonl.gz", "*.txt", "*.txt.gz")
+    files = sorted(path for kind in kinds for path in folder.glob(kind))
+    if not files:
+        raise ValueError(f"--data {folder} has no file of held-out text ({', '.join(kinds)})")
+    return files
+
+
+def _show(comparison: Comparison) -> None:
+    from cachefold.evaluation.report import markdown
+
+    if comparison.report["rows"] or comparison.report["failures"]:
+        print(markdown(comparison.report), flush=True)
+        print(f"report written to {comparison.out}", file=sys.stderr)
+    for one in comparison.report["failures"]:
+        print(f"error: {one['method']}, {one['part']}: {one['reason']}", file=sys.stderr)
+
+
+def _again(source: Path, out: Path | None) -> None:
+    """Table and picture of a report that is there."""
+    from cachefold.evaluation.plot import check_matplotlib
+    from cachefold.evaluation.report import markdown, read, write
+
+    check_matplotlib()
+    report = read(source)
+    folder = out or (source if source.is_dir() else source.parent)
+    print(markdown(report))
+    for path in write(report, folder):
+        print(f"written: {path}", file=sys.stderr)
+
+
+def command_of(model: str, settings: EvalSettings, asked: dict[str, str]) -> str:
+    """The command that measures the same again.
+
+    >>> command_of("smollm2-135m", EvalSettings(limit=5), {"against": "tova", "cr": "2"})
+    'cachefold eval --against tova --limit 5'
+    """
+    usual = {
+        "against": AGAINST, "cr": CR, "codec": CODEC, "tasks": "", "data": str(DATA),
+        "out": str(OUT),
+    }  # fmt: skip
+    default = EvalSettings()
+    words = [] if model == DEFAULT_MODEL else [model]
+    for name, value in asked.items():
+        if value != usual[name]:
+            words += [f"--{name}", value]
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if field.name != "model" and value != getattr(default, field.name):
+            words += [f"--{field.name.replace('_', '-')}", str(value)]
+    return shlex.join(["cachefold", "eval", *words])

@@ -1,0 +1,127 @@
+"""Methods: what `cachefold eval` compares, and how a model becomes each of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedModel
+
+from cachefold.models.fold import folded, unfold
+from cachefold.models.hub import WEIGHTS, load_folded
+from cachefold.policies import get_policy, policy_class
+from cachefold.policies.base import Policy
+
+DENSE = "dense"
+KEEP_ALL = "full"
+"""The policy that keeps every entry: it carries a codec and needs no artefact."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Method:
+    """One line of a comparison.
+
+    >>> Method(name="tova-cr2+int4", policy="tova", cr=2.0, codec="int4").artefact is None
+    True
+    """
+
+    name: str
+    """As the table shows it; folders of results are called like this."""
+    policy: str
+    """`dense`, or a policy."""
+    cr: float | None = None
+    """Ratio asked for, tokens seen / entries kept; None where nothing is left out."""
+    codec: str | None = None
+    """How entries are stored; None = in the dtype of the model."""
+    artefact: Path | None = None
+    """Folder of the learned weights."""
+
+    def facts(self) -> dict[str, Any]:
+        """What the method is, for reports and for telling stored results apart."""
+        weights = None if self.artefact is None else digest(self.artefact / WEIGHTS)
+        found: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        found["artefact"] = None if self.artefact is None else str(self.artefact)
+        return found | {"weights": weights}
+
+
+def digest(path: Path) -> str:
+    """Tells a file from another version of it: 16 hex digits of its SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+@contextmanager
+def applied(method: Method, model: PreTrainedModel, seed: int = 0) -> Iterator[PreTrainedModel]:
+    """Makes a dense model the method for the length of a `with` block, without its codec.
+
+    Args:
+        method: what it becomes.
+        model: dense.
+        seed: of policies that draw.
+
+    Raises:
+        ValueError: the policy or artefact doesn't fit the model, which is then as it was.
+    """
+    if method.policy == DENSE:
+        yield model
+    elif method.artefact is None:
+        with folded(model, _policy(method.policy, method.cr, seed)):
+            yield model
+    else:
+        with _with_artefact(method.artefact, model):
+            yield model
+
+
+@contextmanager
+def _with_artefact(folder: Path, model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """Loads an artefact; base weights that it brings along are put back at the end."""
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        trained = set(file.keys())
+    parameters = dict(model.named_parameters())
+    frozen = {name: parameter.requires_grad for name, parameter in parameters.items()}
+    before = {name: parameters[name].detach().clone() for name in trained & set(parameters)}
+    device: Any = model.device
+    load_folded(folder, model)
+    model.to(device)  # the decision modules and adapters that came with it
+    try:
+        yield model
+    finally:
+        unfold(model)
+        with torch.no_grad():
+            for name, tensor in before.items():
+                parameters[name].copy_(tensor)
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(frozen[name])
+
+
+def has_ratio(policy: str) -> bool:
+    """True for policies that are asked for a ratio.
+
+    >>> has_ratio("tova"), has_ratio("full")
+    (True, False)
+    """
+    return "cr" in _options(policy)
+
+
+def is_learned(policy: str) -> bool:
+    """True for policies that need the weights of a retrofit.
+
+    >>> [is_learned(policy) for policy in ("dmc", "gqa", "tova", "full")]
+    [True, True, False, False]
+    """
+    return policy != KEEP_ALL and hasattr(policy_class(policy), "build_decision")
+
+
+def _policy(name: str, cr: float | None, seed: int) -> Policy:
+    asked = {"cr": cr, "seed": seed}
+    return get_policy(name, **{key: asked[key] for key in asked if key in _options(name)})
+
+
+def _options(policy: str) -> set[str]:
+    return {field.name for field in fields(policy_class(policy))}

@@ -1,0 +1,203 @@
+"""What names of methods stand for: policies by ratio, codecs, and artefacts where they lie."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cachefold.cache.codecs import get_codec
+from cachefold.core.names import closest
+from cachefold.evaluation.methods import DENSE, KEEP_ALL, Method, has_ratio, is_learned
+from cachefold.models.hub import CONFIG, read_config
+from cachefold.policies import list_policies
+
+NO_CODEC = "none"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Naming:
+    """What names stand for in one comparison."""
+
+    base: str
+    """Zoo name, folder or hub id of the dense model."""
+    crs: tuple[float, ...] = (2.0,)
+    """Ratios at which a policy by name is measured."""
+    codecs: tuple[str | None, ...] = (None,)
+    """For methods that name no codec of their own."""
+    folders: tuple[Path, ...] = (Path("artefacts"), Path("runs"))
+    """Where artefacts of a policy are sought, the first that has one wins."""
+
+
+def parse_methods(words: Iterable[str], naming: Naming) -> list[Method]:
+    """Turns names into methods; `dense` is always the first.
+
+    Args:
+        words: `dense`, a policy, or an artefact folder, each also as `NAME+CODEC`.
+        naming: what they stand for.
+
+    Raises:
+        ValueError: unknown names, a learned policy without an artefact, an artefact of another
+            base, or two methods of one name.
+
+    >>> [method.name for method in parse_methods(["dense", "full+int4"], Naming(base="x"))]
+    ['dense', 'full+int4']
+    """
+    methods = [Method(name=DENSE, policy=DENSE)]
+    for word in words:
+        name, codec = _split(word)
+        codecs = naming.codecs if codec is None else (codec,)
+        methods += itertools.chain.from_iterable(_named(name, one, naming) for one in codecs)
+    unique: dict[tuple[Any, ...], Method] = {}
+    for method in methods:
+        place = method.artefact and method.artefact.resolve()
+        same = (place,) if place else (method.policy, method.cr)
+        unique.setdefault((*same, method.codec), method)
+    names = [method.name for method in unique.values()]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(
+            f"two different artefacts would both be called {twice[0]}: give one of their folders "
+            "another name"
+        )
+    return list(unique.values())
+
+
+def is_artefact(folder: str | Path) -> bool:
+    """True when a retrofit's result is in the folder."""
+    return (Path(folder) / CONFIG).is_file()
+
+
+def codecs_of(names: Iterable[str]) -> tuple[str | None, ...]:
+    """Checks names of codecs; `none` means the dtype of the model.
+
+    Raises:
+        ValueError: no such codec, with the closest match.
+
+    >>> codecs_of(["none", "int4"])
+    (None, 'int4')
+    """
+    unique = dict.fromkeys(names)
+    for name in unique:
+        if name != NO_CODEC:
+            get_codec(name)
+    return tuple(None if name == NO_CODEC else name for name in unique) or (None,)
+
+
+def _split(word: str) -> tuple[str, str | None]:
+    """Name and codec of `NAME+CODEC`; a folder may have a plus in its name."""
+    name, plus, codec = word.rpartition("+")
+    if not plus or is_artefact(word):
+        return word, None
+    if name == DENSE:
+        raise ValueError(
+            f"{word}: the dense model is the reference and has a cache of its own; {KEEP_ALL}+"
+            f"{codec} keeps every entry in {codec}"
+        )
+    get_codec(codec)
+    return name, codec
+
+
+def _named(name: str, codec: str | None, naming: Naming) -> list[Method]:
+    """All methods that one name stands for."""
+    suffix = "" if codec is None else f"+{codec}"
+    if name == DENSE:
+        return []
+    if is_artefact(name):
+        return [_of_folder(Path(name), codec, naming)]
+    known = [DENSE, *list_policies()]
+    if name not in known:
+        there = [str(place) for folder in naming.folders for place, _ in _artefacts(folder)]
+        raise ValueError(
+            f"unknown method {name!r}.{closest(name, [*known, *there])} Methods: {', '.join(known)}, or the "
+            "folder of an artefact (`cachefold ls artefacts`); each also as NAME+CODEC"
+        )
+    learned = is_learned(name)
+    return [
+        Method(
+            name=(name if cr is None else f"{name}-cr{cr:g}") + suffix, policy=name, cr=cr,
+            codec=codec, artefact=find_artefact(name, cr, naming) if learned else None,
+        )
+        for cr in (naming.crs if has_ratio(name) else (None,))
+    ]  # fmt: skip
+
+
+def _of_folder(folder: Path, codec: str | None, naming: Naming) -> Method:
+    config = read_config(folder)
+    base = str(config["base"].get("id"))
+    if not _same_base(base, naming.base):
+        raise ValueError(
+            f"{folder} belongs to the base model {base}, not to {naming.base}: only methods of "
+            "one base can be compared"
+        )
+    name = folder.resolve().name
+    name = folder.resolve().parent.name if name == "final" else name
+    return Method(
+        name=name + ("" if codec is None else f"+{codec}"), policy=config["policy"]["name"],
+        cr=config["policy"].get("cr"), codec=codec, artefact=folder,
+    )  # fmt: skip
+
+
+def _same_base(one: str, other: str) -> bool:
+    folders = Path(one).is_dir() and Path(other).is_dir()
+    return one == other or (folders and Path(one).resolve() == Path(other).resolve())
+
+
+def find_artefact(policy: str, cr: float | None, naming: Naming) -> Path:
+    """The artefact of a policy at a ratio (None = it has none), for the base that is compared.
+
+    Raises:
+        ValueError: none, with the command that makes it; or several.
+    """
+    ratios: set[float] = set()
+    for folder in naming.folders:
+        found = []
+        for place, config in _artefacts(folder):
+            made = config["policy"]
+            if made["name"] != policy or not _same_base(config["base"]["id"], naming.base):
+                continue
+            ratio = made.get("cr")
+            ratios |= set() if ratio is None else {ratio}
+            found += [place] if ratio == cr else []
+        if len(found) > 1:
+            raise ValueError(
+                f"several artefacts are {policy}{_at(cr)}: {', '.join(map(str, found))}; name the "
+                "folder that is meant"
+            )
+        if found:
+            return found[0]
+    there = f" (there: cr {', '.join(f'{r:g}' for r in sorted(ratios))})" if ratios else ""
+    raise ValueError(
+        f"{policy} is learned, and {' and '.join(map(str, naming.folders))} have no artefact of it"
+        f"{_at(cr)} for {naming.base}{there}. Make one: {_command(policy, cr, naming)}"
+    )
+
+
+def _at(cr: float | None) -> str:
+    return "" if cr is None else f" at cr {cr:g}"
+
+
+def _artefacts(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Folders of artefacts with their configs; broken ones are for `cachefold ls artefacts`."""
+    for path in sorted([*folder.glob(f"*/{CONFIG}"), *folder.glob(f"*/final/{CONFIG}")]):
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+            if config["policy"]["name"] and config["base"]["id"]:
+                yield path.parent, config
+        except (ValueError, KeyError, TypeError):
+            continue
+
+
+def _command(policy: str, cr: float | None, naming: Naming) -> str:
+    """The retrofit that gives what is missing."""
+    recipes = sorted(Path("recipes").glob("*.yaml"), key=lambda p: f"-{policy}" not in p.stem)
+    name = f"{Path(naming.base).name}-{policy}"
+    changes = [f"model={naming.base}", f"policy.name={policy}"]
+    if cr is not None:
+        name += f"-cr{cr:g}"
+        changes.append(f"policy.cr={cr:g}")
+    recipe = str(recipes[0]) if recipes else "RECIPE.yaml"
+    return f"`cachefold retrofit {recipe} {' '.join(changes)} output_dir=runs/{name}`"

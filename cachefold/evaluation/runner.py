@@ -1,0 +1,224 @@
+"""Runs tasks on a subject, keeps every finished row, and goes on where it stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from cachefold.evaluation.footprint import Footprint
+from cachefold.evaluation.subject import Subject
+from cachefold.evaluation.task import Estimate, Task
+
+logger = logging.getLogger(__name__)
+
+
+class TasksFailed(RuntimeError):
+    """Some tasks broke; the others are finished.
+
+    Attributes:
+        results: of the tasks that are finished, by name.
+        errors: of the others, by name.
+    """
+
+    def __init__(self, results: dict[str, dict[str, Any]], errors: dict[str, Exception]) -> None:
+        """Says which and why."""
+        reasons = "; ".join(f"{name}: {_reason(error)}" for name, error in errors.items())
+        super().__init__(f"{len(errors)} of {len(results) + len(errors)} tasks failed: {reasons}")
+        self.results = results
+        self.errors = errors
+
+
+def run_tasks(
+    subject: Subject, tasks: Sequence[Task], *, limit: int | None = None, store: Path | None = None
+) -> dict[str, dict[str, Any]]:
+    """Runs tasks one after the other.
+
+    Args:
+        subject: the model under test.
+        tasks: each with a name of its own.
+        limit: most rows of each; None = all.
+        store: folder with one JSON-lines file for each task. Rows found there are not run again;
+            None = nothing is kept.
+
+    Returns:
+        By name of the task, for JSON: `metric`, `higher_is_better`, `value`, `error` (standard
+        error, None for one row) and `count` of the headline; `metrics`, the same three for all
+        metrics; `cr` and `bytes_ratio` of the texts (see `Footprint`), `tokens` seen; `seconds`
+        that this call took.
+
+    Raises:
+        TasksFailed: at the end, when tasks broke; it has the results of the others.
+    """
+    results: dict[str, dict[str, Any]] = {}
+    errors: dict[str, Exception] = {}
+    for task in tasks:
+        try:
+            results[task.name] = _run_task(subject, task, limit, store)
+        except Exception as error:  # whatever it is, the tasks that follow are still wanted
+            errors[task.name] = error
+            logger.error("%s failed: %s", task.name, _reason(error))
+    if errors:
+        raise TasksFailed(results, errors) from next(iter(errors.values()))
+    return results
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, ValueError) else repr(error)
+
+
+def _run_task(
+    subject: Subject, task: Task, limit: int | None, store: Path | None
+) -> dict[str, Any]:
+    start = time.monotonic()
+    rows = task.rows(limit)
+    if not rows:
+        raise ValueError(f"task {task.name} has no rows")
+    log = ResultLog(None if store is None else store / f"{task.name}.jsonl", _facts(task, subject))
+    left = [row for row in rows if row["id"] not in log.results]
+    if len(left) < len(rows):
+        logger.info(
+            "%s: %d of %d rows are done already", task.name, len(rows) - len(left), len(rows)
+        )
+    before = subject.footprint
+    for row, result in zip(left, task.evaluate(left, subject), strict=True):
+        assert result["id"] == row["id"], f"{task.name}: result {result['id']} for row {row['id']}"
+        log.add(result, subject.footprint - before)
+        before = subject.footprint
+    ids = [row["id"] for row in rows]
+    footprint = log.footprint(ids)
+    _check_seen(subject, task.name, footprint)
+    found = task.summarise([log.results[id_] for id_ in ids])
+    logger.info("%s: %s %s | %s", task.name, task.metric, found[task.metric], footprint)
+    return {
+        "metric": task.metric,
+        "higher_is_better": task.higher_is_better,
+        **_plain(found[task.metric]),
+        "metrics": {name: _plain(estimate) for name, estimate in found.items()},
+        "cr": footprint.cr,
+        "bytes_ratio": footprint.bytes_ratio,
+        "tokens": footprint.tokens,
+        "seconds": time.monotonic() - start,
+    }
+
+
+def _plain(estimate: Estimate) -> dict[str, Any]:
+    """For JSON, which knows no nan."""
+    error = None if math.isnan(estimate.error) else estimate.error
+    return {"value": estimate.value, "error": error, "count": estimate.count}
+
+
+def _facts(task: Task, subject: Subject) -> dict[str, Any]:
+    """What results depend on, as JSON gives it back."""
+    options: Any = task
+    plain = {
+        field.name: getattr(task, field.name)
+        for field in dataclasses.fields(options)
+        if not callable(getattr(task, field.name))
+    }
+    return json.loads(json.dumps({"name": task.name, "task": plain} | subject.settings()))
+
+
+def _check_seen(subject: Subject, name: str, footprint: Footprint) -> None:
+    """Tells when a policy that compresses left every entry: the score is that of a dense cache."""
+    policy = subject.settings()["policy"]
+    asked = policy is not None and (policy.get("budget") or (policy.get("cr") or 1) > 1)
+    if asked and footprint.cr == 1:
+        logger.warning(
+            "%s: policy %r kept every entry of these texts, so its score says nothing about "
+            "compression: the texts are too short for it, or it isn't trained",
+            name, policy["name"],
+        )  # fmt: skip
+
+
+class ResultLog:
+    """Results of one task, in a file that grows row by row.
+
+    Args:
+        path: of the file; None = only in memory.
+        facts: what the results depend on, JSON values.
+
+    Raises:
+        ValueError: the file is damaged, or belongs to other facts; says which differ.
+
+    >>> log = ResultLog(None, {})
+    >>> log.add({"id": "a", "acc": 1.0}, Footprint(10, 5.0, 1, 2))
+    >>> log.results["a"]["acc"], log.footprint(["a"]).cr
+    (1.0, 2.0)
+    """
+
+    def __init__(self, path: Path | None, facts: dict[str, Any]) -> None:
+        self.path = path
+        self.results: dict[str, dict[str, Any]] = {}
+        """By id of the row."""
+        self._footprints: dict[str, Footprint] = {}
+        if path is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = list(_lines(path))
+        if not lines:
+            self._write({"settings": facts}, "w")
+            return
+        _check_facts(path, lines[0].get("settings", {}), facts)
+        for line in lines[1:]:
+            self._take(line["result"], Footprint(*line["footprint"]))
+
+    def add(self, result: dict[str, Any], footprint: Footprint) -> None:
+        """Keeps the result of a row, with the footprint of the texts that ran for it."""
+        self._take(result, footprint)
+        if self.path is not None:
+            self._write({"result": result, "footprint": dataclasses.astuple(footprint)}, "a")
+
+    def footprint(self, ids: Sequence[str]) -> Footprint:
+        """Of the texts of these rows; a batch counts to the row after it."""
+        return sum((self._footprints[id_] for id_ in ids), Footprint())
+
+    def _take(self, result: dict[str, Any], footprint: Footprint) -> None:
+        self.results[result["id"]] = result
+        self._footprints[result["id"]] = footprint
+
+    def _write(self, line: dict[str, Any], mode: str) -> None:
+        assert self.path is not None
+        with self.path.open(mode, encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Lines of a result file; what was written of a line when the run was stopped is cut off."""
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        path.write_bytes(whole)
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            found = json.loads(line)
+        except ValueError as error:
+            raise _damaged(path, number) from error
+        wanted = {"settings"} if number == 1 else {"result", "footprint"}
+        if not isinstance(found, dict) or set(found) != wanted:
+            raise _damaged(path, number)
+        yield found
+
+
+def _damaged(path: Path, number: int) -> ValueError:
+    return ValueError(f"{path}:{number} is damaged; delete the file to run its task again")
+
+
+def _check_facts(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+    differing = [
+        f"{name} {there.get(name)!r} there, {here.get(name)!r} now"
+        for name in sorted({*there, *here})
+        if there.get(name) != here.get(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"{path} has results of other settings ({'; '.join(differing)}); use the same ones, "
+            "or another folder"
+        )

@@ -1,0 +1,129 @@
+"""What names stand for."""
+
+from __future__ import annotations
+
+import doctest
+import json
+from pathlib import Path
+
+import pytest
+
+from cachefold.evaluation import naming as module
+from cachefold.evaluation.naming import Naming, codecs_of, is_artefact, parse_methods
+
+
+def artefact(folder: Path, name: str, policy: str = "dmc", base: str = "b", **options) -> Path:
+    """A config alone: names are read before any weight is."""
+    place = folder / name
+    place.mkdir(parents=True)
+    config = {
+        "format": 1, "base": {"id": base, "revision": "r"}, "lora_rank": 2,
+        "policy": {"name": policy, **options},
+    }  # fmt: skip
+    (place / "cachefold.json").write_text(json.dumps(config))
+    return place
+
+
+def names(words: str, **options) -> list[str]:
+    return [m.name for m in parse_methods(words.split(","), Naming(base="b", **options))]
+
+
+def test_policies_come_at_every_ratio_and_codec_and_dense_first() -> None:
+    assert names("tova,dense,h2o", crs=(2.0, 4.5)) == [
+        "dense", "tova-cr2", "tova-cr4.5", "h2o-cr2", "h2o-cr4.5",
+    ]  # fmt: skip
+    assert names("tova,full", codecs=(None, "int4")) == [
+        "dense", "tova-cr2", "tova-cr2+int4", "full", "full+int4",
+    ]  # fmt: skip
+    assert names("full+int2,full+int8", codecs=("int4",)) == ["dense", "full+int2", "full+int8"]
+    assert names("tova,tova") == ["dense", "tova-cr2"]
+
+
+def test_methods_say_what_they_are() -> None:
+    _, tova, full = parse_methods(["tova+int4", "full+int2"], Naming(base="b", crs=(4.0,)))
+    assert (tova.policy, tova.cr, tova.codec, tova.artefact) == ("tova", 4.0, "int4", None)
+    assert (full.policy, full.cr, full.codec) == ("full", None, "int2")
+    assert tova.facts()["weights"] is None and json.dumps(tova.facts())
+
+
+def test_artefacts_by_name(tmp_path: Path) -> None:
+    shipped, runs = tmp_path / "artefacts", tmp_path / "runs"
+    two = artefact(shipped, "b-dms-cr2", "dms", cr=2)
+    four = artefact(runs, "b-dms-cr4/final", "dms", cr=4)
+    artefact(runs, "b-dms-cr2/final", "dms", cr=2)  # the first folder wins
+    artefact(shipped, "other", "dms", base="c", cr=2)
+    pooled = artefact(shipped, "b-gqa", "gqa", kv_heads=1)
+    (shipped / "broken").mkdir()
+    (shipped / "broken/cachefold.json").write_text("{")
+    options = {"crs": (2.0, 4.0), "folders": (shipped, runs)}
+    found = parse_methods(["dms", "gqa+int4"], Naming(base="b", **options))
+    assert [(m.name, m.artefact) for m in found[1:]] == [
+        ("dms-cr2", two), ("dms-cr4", four), ("gqa+int4", pooled),
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"no artefact of it at cr 8 for b \(there: cr 2, 4\)"):
+        parse_methods(["dms"], Naming(base="b", crs=(8.0,), folders=(shipped, runs)))
+    artefact(shipped, "again", "dms", cr=2)
+    with pytest.raises(ValueError, match="several artefacts are dms at cr 2: .*again"):
+        parse_methods(["dms"], Naming(base="b", **options))
+
+
+def test_artefacts_by_folder(tmp_path: Path) -> None:
+    one = artefact(tmp_path, "runs/mine/final", cr=3)
+    plus = artefact(tmp_path, "with+plus", "dms", cr=2)
+    found = parse_methods([f"{one}+int4", str(one), str(plus)], Naming(base="b"))
+    assert [(m.name, m.policy, m.cr, m.codec) for m in found[1:]] == [
+        ("mine+int4", "dmc", 3, "int4"), ("mine", "dmc", 3, None), ("with+plus", "dms", 2, None),
+    ]  # fmt: skip
+    by_name = Naming(base="b", crs=(3.0,), folders=(tmp_path / "runs",))
+    assert [m.name for m in parse_methods([str(one), "dmc"], by_name)] == ["dense", "mine"]
+    twin = artefact(tmp_path, "other/mine", cr=3)
+    with pytest.raises(ValueError, match="would both be called mine"):
+        parse_methods([str(one), str(twin)], Naming(base="b"))
+    with pytest.raises(ValueError, match="belongs to the base model b, not to c"):
+        parse_methods([str(one)], Naming(base="c"))
+
+
+def test_a_missing_artefact_comes_with_its_command(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="`cachefold retrofit RECIPE.yaml model=hub/b policy"):
+        parse_methods(["dmc"], Naming(base="hub/b"))
+    (tmp_path / "recipes").mkdir()
+    for name in ("a-cr2", "b-dms-cr2"):
+        (tmp_path / f"recipes/{name}.yaml").write_text("model: b\n")
+    with pytest.raises(ValueError) as caught:
+        parse_methods(["dms"], Naming(base="hub/b", crs=(4.0,)))
+    assert str(caught.value).endswith(
+        "`cachefold retrofit recipes/b-dms-cr2.yaml model=hub/b policy.name=dms policy.cr=4 "
+        "output_dir=runs/b-dms-cr4`"
+    )
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("tovaa", "unknown method 'tovaa'. Did you mean 'tova'?"),
+        ("tova+int5", "unknown codec 'int5'. Did you mean"),
+        ("dense+int4", r"full\+int4 keeps every entry in int4"),
+        ("dmd", "unknown method 'dmd'. Did you mean 'dm"),
+    ],
+)
+def test_unknown_names_teach(word: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_methods([word], Naming(base="b"))
+
+
+def test_the_closest_artefact_is_named(tmp_path: Path) -> None:
+    artefact(tmp_path, "mine-cr2", cr=2)
+    with pytest.raises(ValueError, match=f"Did you mean '{tmp_path}/mine-cr2'"):
+        parse_methods([f"{tmp_path}/mine-cr3"], Naming(base="b", folders=(tmp_path,)))
+
+
+def test_codecs() -> None:
+    assert codecs_of([]) == (None,) and codecs_of(["int4", "int4", "none"]) == ("int4", None)
+    with pytest.raises(ValueError, match="unknown codec 'itn4'. Did you mean 'int4'"):
+        codecs_of(["itn4"])
+    assert not is_artefact("nowhere")
+
+
+def test_examples_run() -> None:
+    assert doctest.testmod(module).attempted and not doctest.testmod(module).failed
