@@ -112,8 +112,9 @@ def _named(name: str, codec: str | None, naming: Naming) -> list[Method]:
     if name not in known:
         there = [str(place) for folder in naming.folders for place, _ in _artefacts(folder)]
         raise ValueError(
-            f"unknown method {name!r}.{closest(name, [*known, *there])} Methods: {', '.join(known)}, or the "
-            "folder of an artefact (`cachefold ls artefacts`); each also as NAME+CODEC"
+            f"unknown method {name!r}.{closest(name, [*known, *there])} Methods: "
+            f"{', '.join(known)}, or the folder of an artefact (`cachefold ls artefacts`); "
+            "each also as NAME+CODEC"
         )
     learned = is_learned(name)
     return [

@@ -1,0 +1,123 @@
+"""`cachefold eval`."""
+
+from __future__ import annotations
+
+import doctest
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from cachefold.cli import eval as module
+from tests.cli.conftest import Run
+
+
+@pytest.fixture(autouse=True)
+def denormals() -> object:
+    yield
+    torch.set_flush_denormal(False)
+
+
+def options(folder: Path, out: Path) -> list[object]:
+    return [
+        "--data", folder / "data", "--out", out, "--pieces", 2, "--tokens", 32, "--context", 64,
+        "--dtype", "float32",
+    ]  # fmt: skip
+
+
+def test_table_files_and_resume(cli: Run, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    args = ["eval", folder / "artefact", "--against", "tova,full", "--cr", "2,4", "--codec",
+            "none", *options(folder, out)]  # fmt: skip
+    result = cli(*args)
+    assert result.exit_code == 0, result.output
+    report = json.loads((out / "eval.json").read_text())
+    assert [row["name"] for row in report["rows"]] == [
+        "dense", "artefact", "tova-cr2", "tova-cr4", "full",
+    ]  # fmt: skip
+    assert report["settings"]["model"] == str(folder / "base") and report["files"] == ["one", "two"]
+    assert report["environment"]["torch"] == torch.__version__
+    assert report["command"].startswith(f"cachefold eval {folder}/artefact --against tova,full")
+    assert result.stdout.strip() == (out / "eval.md").read_text().strip()
+    assert "| tova-cr4 |" in result.stdout and "tova-cr4: loss " in result.stderr
+    assert f"report written to {out}" in result.stderr
+    assert cli(*args).stdout == result.stdout
+    refused = cli(*args, "--limit", 3)
+    assert refused.exit_code == 2 and "limit None there, 3 now" in refused.stderr
+
+
+def test_the_recorded_command_gives_the_same_settings(cli: Run, folder: Path, tmp_path) -> None:
+    args = ["eval", folder / "base", "--seed", 3, *options(folder, tmp_path)]
+    assert cli(*args).exit_code == 0
+    report = json.loads((tmp_path / "eval.json").read_text())
+    again = cli(*report["command"].split()[1:])
+    assert again.exit_code == 0, again.output
+    assert json.loads((tmp_path / "eval.json").read_text())["settings"] == report["settings"]
+
+
+def test_from_a_report(cli: Run, folder: Path, tmp_path: Path, monkeypatch) -> None:
+    first = cli("eval", folder / "base", *options(folder, tmp_path))
+    for name in ("eval.md", "eval.png"):
+        (tmp_path / name).unlink()
+    result = cli("eval", "--from", tmp_path / "eval.json")
+    assert result.exit_code == 0 and result.stdout == first.stdout
+    assert (tmp_path / "eval.md").exists() and (tmp_path / "eval.png").exists()
+    assert cli("eval", "--from", tmp_path, "--out", tmp_path / "new").exit_code == 0
+    assert (tmp_path / "new/eval.png").exists()
+    assert "no report at" in cli("eval", "--from", tmp_path / "x.json").stderr
+    monkeypatch.setattr("cachefold.evaluation.plot.missing", lambda: "the picture needs x")
+    assert "the picture needs x" in cli("eval", "--from", tmp_path).stderr
+
+
+def test_a_failure_ends_with_code_1(cli: Run, folder: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("cachefold.evaluation.measure.at_context", lambda *args: 1 / 0)
+    result = cli("eval", folder / "base", *options(folder, tmp_path))
+    assert result.exit_code == 1
+    assert "error: dense, cache and speed: ZeroDivisionError" in result.stderr
+    assert "| dense | 1.00 |" in result.stdout
+
+
+def test_an_artefact_by_its_policy(cli: Run, folder: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "artefacts").mkdir()
+    (tmp_path / "artefacts/mine").symlink_to(folder / "artefact")
+    result = cli("eval", folder / "base", "--against", "dmc", *options(folder, tmp_path / "out"))
+    assert result.exit_code == 0, result.output
+    assert "| dmc-cr2 |" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--against", "tovaa"], "Did you mean 'tova'"),
+        (["--against", "tova+itn4"], "Did you mean 'int4'"),
+        (["--codec", "itn4"], "Did you mean 'int4'"),
+        (["--tasks", "piqaa"], "Did you mean 'piqa'"),
+        (["--cr", "2,x"], "--cr takes numbers"),
+        (["--cr", "0.5"], "at least 1"),
+        (["--cr", ""], "at least 1"),
+        (["--dtype", "float61"], "Did you mean 'float16'"),
+        (["--batch-size", "many"], "--batch-size takes numbers"),
+        (["--data", "/nowhere"], "has no file of held-out text"),
+        (["--against", "dms", "--cr", "32"], "cachefold retrofit"),
+    ],
+)
+def test_bad_input_teaches(cli: Run, tmp_path: Path, monkeypatch, args, message: str) -> None:
+    def loaded(*args: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("cachefold.evaluation.compare.load_base", loaded)
+    result = cli("eval", "--out", tmp_path, *args)
+    assert result.exit_code == 2 and message in result.stderr, result.output
+    assert result.stderr.count("\n") == 1 and not result.stdout and not list(tmp_path.iterdir())
+
+
+def test_an_unknown_model_teaches(cli: Run, tmp_path: Path) -> None:
+    result = cli("eval", "smollm2-135", "--out", tmp_path / "x")
+    assert result.exit_code == 2 and "Did you mean 'smollm2-135m'" in result.stderr
+    assert not (tmp_path / "x").exists()
+
+
+def test_examples_run() -> None:
+    assert doctest.testmod(module).attempted and not doctest.testmod(module).failed
