@@ -50,7 +50,7 @@ def test_yaml_round_trip(path: Path, tmp_path: Path) -> None:
         ("train.kd_weight=0", "both 0"),
         ("train.lora_rank=-1", ">= 0"),
         ("policy.delya=5", "Did you mean 'delay'"),
-        ("policy.name=dcm", "unknown policy 'dcm'. Did you mean 'dmc'"),
+        ("policy.name=dmx", "unknown policy 'dmx'. Did you mean 'dm"),
         ("policy.cr=0.5", ">= 1"),
         ("policy.cr=two", "must be a finite number"),
         ("data.files=a.txt", "data.files must be a list"),
