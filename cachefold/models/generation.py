@@ -81,6 +81,11 @@ def new_cache(
     codec = codec or state._cachefold_codec
     if isinstance(policy, BudgetPolicy):
         _check_evicting(policy.name, page_size, backend)
+        if codec is not None:
+            raise ValueError(
+                f"the caches of this policy take no codec, and {codec!r} was asked for: "
+                f"{policy.name} keeps the dtype of the model; codecs go with policies that fold"
+            )
         return FoldedCache(model.config, folded_layers=layers, max_bytes=max_bytes, evictor=policy)
     return FoldedCache(
         model.config, folded_layers=layers, delay=policy.delay, window=policy.window,
