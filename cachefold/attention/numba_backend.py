@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 from array import array
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -139,18 +138,12 @@ def _attend_one(
         num_exact=held["exact_valid"].shape[1], threads=threads,
         scaling=float_bits(call.scaling), **more,
     )  # fmt: skip
-    packed, place = _packed(given.get(name, 0) for name in Decode._fields)
+    fields = array("q", (given.get(name, 0) for name in Decode._fields))
+    place, _ = fields.buffer_info()
     attend_share, join = make_decode(shape, rotary)
     launch(attend_share, place, threads)
     launch(join, place, 1)
-    del packed
     return out
-
-
-def _packed(numbers: Iterable[int]) -> tuple[array[int], int]:
-    """The fields of a kernel in int64, which must live as long as it runs, and where they are."""
-    fields = array("q", numbers)
-    return fields, fields.buffer_info()[0]
 
 
 def _threads(heads: int, strips: int) -> int:
@@ -179,9 +172,8 @@ def _prefill(call: PagedCall) -> Tensor:
         num_exact=call.exact_valid.shape[1], columns=call.table.shape[2], delay=call.delay,
         threads=threads, scaling=float_bits(call.scaling),
     )  # fmt: skip
-    packed, place = _packed(fields)
-    launch(make_prefill(shape), place, threads)
-    del packed
+    packed = array("q", fields)
+    launch(make_prefill(shape), packed.buffer_info()[0], threads)
     return out
 
 
@@ -227,6 +219,6 @@ def _fold(call: StepCall, shape: Any, factors: Tensor, stride: int) -> None:
         scratch=scratch.data_ptr(), requests=batch, columns=call.table.shape[2],
         new_stride=stride, threads=threads,
     )  # fmt: skip
-    packed, place = _packed(fields)
-    launch(make_fold(shape, call.new.cos.shape[-1], kv_heads, delay), place, threads)
-    del packed
+    packed = array("q", fields)
+    kernel = make_fold(shape, call.new.cos.shape[-1], kv_heads, delay)
+    launch(kernel, packed.buffer_info()[0], threads)
