@@ -79,11 +79,9 @@ def _compare(model: str, settings: EvalSettings, asked: dict[str, str]) -> None:
 
     from cachefold.benchmark.machine import environment
     from cachefold.evaluation.compare import Comparison
-    from cachefold.evaluation.plot import check_matplotlib
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     hub_logging.disable_progress_bar()
-    check_matplotlib()
     torch.set_flush_denormal(True)
     base, methods = _methods(model, asked)
     comparison = Comparison(
@@ -127,10 +125,9 @@ def _with_model(settings: EvalSettings, base: str) -> EvalSettings:
 
 
 def _ratios(text: str) -> tuple[float, ...]:
-    ratios = tuple(dict.fromkeys(_number("--cr", word, float) for word in _names(text)))
-    if not ratios or any(not 1 <= ratio < float("inf") for ratio in ratios):
-        raise ValueError(f"--cr is tokens seen / entries kept, at least 1; got {text!r}")
-    return ratios
+    from cachefold.evaluation.naming import check_ratio
+
+    return tuple(dict.fromkeys(check_ratio(word) for word in _names(text) or [""]))
 
 
 def _number(option: str, text: str, kind: Any) -> Any:
@@ -165,10 +162,12 @@ def _show(comparison: Comparison) -> None:
 
 def _again(source: Path, out: Path | None) -> None:
     """Table and picture of a report that is there."""
-    from cachefold.evaluation.plot import check_matplotlib
+    from cachefold.evaluation.plot import missing
     from cachefold.evaluation.report import markdown, read, write
 
-    check_matplotlib()
+    reason = missing()
+    if reason is not None:
+        raise ValueError(reason)
     report = read(source)
     folder = out or (source if source.is_dir() else source.parent)
     print(markdown(report))

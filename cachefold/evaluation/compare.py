@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from cachefold.evaluation import measure, report
 from cachefold.evaluation.methods import Method, applied, digest
+from cachefold.evaluation.plot import missing
 from cachefold.evaluation.rows import Parts, rows
 from cachefold.evaluation.runner import TasksFailed, run_tasks
 from cachefold.evaluation.settings import EvalSettings
@@ -64,6 +65,9 @@ class Comparison:
             "files": [file.name.split(".")[0] for file in files],
             "rows": [], "failures": [], "notes": [],
         }  # fmt: skip
+        self._no_picture = missing()
+        if self._no_picture is not None:
+            self.report["notes"].append(f"No {report.NAME}.png: {self._no_picture}.")
 
     def run(self) -> bool:
         """Measures what isn't measured yet; a part that fails is noted and the next goes on.
@@ -93,12 +97,14 @@ class Comparison:
     def write(self, *, picture: bool = False) -> list[Path]:
         """Writes the report as far as it is."""
         self.report["rows"] = rows(self.methods, self.parts)
+        picture = picture and self._no_picture is None
         return report.write(self.report, self.out, picture=picture)
 
     def _claim(self, model: PreTrainedModel) -> None:
         """The folder belongs to these settings, this model and this text."""
         facts = asdict(self.settings) | {
             "revision": base_revision(self.settings.model, model),
+            "cachefold": self.report["environment"]["cachefold"],
             "heldout": {file.name: digest(file) for file in self.files},
         }
         claim(self.out / "settings.json", facts, "results")
@@ -115,7 +121,6 @@ class Comparison:
             claim(folder / "method.json", facts, "results of a method")
             self._check_revision(method)
             with applied(method, model, self.settings.seed):
-                measure.check_codec(model, method.codec)
                 self._text(method, model, tokenizer, texts, folder)
                 for name in self.tasks:
                     with self._noted(method, name):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,14 +45,11 @@ class Panel(NamedTuple):
     points: list[Point]
 
 
-def check_matplotlib() -> None:
-    """Finds out before anything is measured whether a picture can be drawn.
-
-    Raises:
-        ValueError: matplotlib is missing.
-    """
+def missing() -> str | None:
+    """What is needed to draw; None when it is there."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("the picture needs matplotlib; run `pip install matplotlib`")
+        return "the picture needs matplotlib; run `pip install matplotlib`"
+    return None
 
 
 def pareto(points: Sequence[Point], higher_is_better: bool) -> list[Point]:
@@ -205,16 +203,17 @@ def _widen(axis: Any, points: Sequence[Point]) -> None:
 
 
 def _spread(axis: Any, points: Sequence[Point]) -> None:
-    """Losses that differ tenfold: a logarithmic axis that has a place for zero and below."""
+    """Very different losses: a logarithmic axis, straight where they are no more than noise."""
     from matplotlib.ticker import FuncFormatter
 
     sizes = sorted(abs(point.value) for point in points if point.value)
-    usual = sizes[len(sizes) // 4] if sizes else 0.0
-    if sizes and sizes[-1] > 10 * usual:
-        straight = 10.0 ** math.floor(math.log10(usual))
+    noise = 2 * statistics.median(point.error or 0.0 for point in points)
+    small = max(sizes[0], noise, sizes[-1] / 300) if sizes else 0.0
+    if sizes and sizes[-1] > 20 * small:
+        straight = 10.0 ** round(math.log10(small))
         axis.set_yscale("symlog", linthresh=straight, linscale=0.7)
-        least = min(point.value for point in points)
-        axis.set_ylim(1.5 * least if least < 0 else -straight / 3, 2 * sizes[-1])
+        least = min(point.value - (point.error or 0.0) for point in points)
+        axis.set_ylim(min(1.3 * least, -straight / 3), 2 * sizes[-1])
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.axhline(0, color="0.6", lw=0.8, zorder=2)
 

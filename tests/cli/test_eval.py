@@ -94,7 +94,7 @@ def test_an_artefact_by_its_policy(cli: Run, folder: Path, tmp_path: Path, monke
         (["--against", "tova+itn4"], "Did you mean 'int4'"),
         (["--codec", "itn4"], "Did you mean 'int4'"),
         (["--tasks", "piqaa"], "Did you mean 'piqa'"),
-        (["--cr", "2,x"], "--cr takes numbers"),
+        (["--cr", "2,x"], "a ratio is tokens seen / entries kept"),
         (["--cr", "0.5"], "at least 1"),
         (["--cr", ""], "at least 1"),
         (["--dtype", "float61"], "Did you mean 'float16'"),

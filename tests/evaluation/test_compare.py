@@ -214,6 +214,13 @@ def test_an_artefact_that_was_trained_again_is_no_finished_work(folder, tmp_path
     assert failure["method"] == "dmc-cr2" and "weights" in failure["reason"]
 
 
+def test_without_matplotlib_the_picture_is_missing(folder, tmp_path, tasks, monkeypatch) -> None:
+    monkeypatch.setattr(module, "missing", lambda: "run `pip install matplotlib`")
+    assert comparison(folder, tmp_path, "dense").run()
+    assert not (tmp_path / "eval.png").exists()
+    assert "No eval.png: run `pip install matplotlib`." in (tmp_path / "eval.md").read_text()
+
+
 def test_more_than_the_model_reads(folder: Path, tmp_path: Path, tasks) -> None:
     with pytest.raises(ValueError, match="--context 513 is more than the 512 tokens"):
         comparison(folder, tmp_path, "dense", context=513).run()

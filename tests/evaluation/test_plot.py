@@ -69,6 +69,16 @@ def test_every_point_is_named_and_no_name_hides_another(tmp_path: Path, figures:
     assert "Pareto front" in [text.get_text() for text in loss.get_legend().get_texts()]
 
 
+def test_names_of_points_that_lie_together(tmp_path: Path, figures: list) -> None:
+    names = ("tova-cr2", "h2o-cr2", "dmc-cr2", "dms-cr2")
+    rows = [row(name, 8 + i / 20, 0.1 + i / 1000) for i, name in enumerate(names)]
+    draw([row("dense", 16, 0.0), *rows, row("random-cr2", 8, 0.4)], tmp_path / "x.png", 10)
+    axis = figures[0].axes[0]
+    renderer = figures[0].canvas.get_renderer()
+    boxes = [text.get_window_extent(renderer) for text in axis.texts]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
 def test_losses_that_differ_much_get_a_logarithmic_axis(tmp_path: Path, figures: list) -> None:
     even = [row("dense", 8, 0.0), row("tova-cr2", 4, 0.1), row("tova-cr4", 2, 0.2)]
     draw(even, tmp_path / "a.png", 10)
@@ -86,9 +96,9 @@ def test_one_method_and_three_panels(tmp_path: Path, figures: list) -> None:
 
 
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert plot.missing() is None
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="pip install matplotlib"):
-        plot.check_matplotlib()
+    assert "pip install matplotlib" in plot.missing()
 
 
 def test_examples_run() -> None:
