@@ -106,19 +106,6 @@ def at_context(model: PreTrainedModel, contexts: Tensor, codec: str | None) -> d
     }  # fmt: skip
 
 
-def check_codec(model: PreTrainedModel, codec: str | None) -> None:
-    """Makes sure that entries really are packed.
-
-    Raises:
-        ValueError: caches of this model don't pack.
-    """
-    if codec is not None and _new_cache(model, codec).codec != codec:
-        raise ValueError(
-            f"the caches of {model.config.cachefold['name']} don't pack entries yet: measure it "
-            f"without +{codec}"
-        )
-
-
 def _new_cache(model: PreTrainedModel, codec: str | None) -> Any:
     return new_cache(model, codec=codec) if is_folded(model) else DynamicCache(config=model.config)
 

@@ -17,6 +17,7 @@ from cachefold.models.fold import folded, unfold
 from cachefold.models.hub import WEIGHTS, load_folded
 from cachefold.policies import get_policy, policy_class
 from cachefold.policies.base import Policy
+from cachefold.policies.budget import BudgetPolicy
 
 DENSE = "dense"
 KEEP_ALL = "full"
@@ -27,7 +28,7 @@ KEEP_ALL = "full"
 class Method:
     """One line of a comparison.
 
-    >>> Method(name="tova-cr2+int4", policy="tova", cr=2.0, codec="int4").artefact is None
+    >>> Method(name="full+int4", policy="full", codec="int4").artefact is None
     True
     """
 
@@ -115,7 +116,16 @@ def is_learned(policy: str) -> bool:
     >>> [is_learned(policy) for policy in ("dmc", "gqa", "tova", "full")]
     [True, True, False, False]
     """
-    return policy != KEEP_ALL and hasattr(policy_class(policy), "build_decision")
+    return policy != KEEP_ALL and not issubclass(policy_class(policy), BudgetPolicy)
+
+
+def takes_codec(policy: str) -> bool:
+    """True for policies whose entries a codec can pack.
+
+    >>> takes_codec("full"), takes_codec("tova")
+    (True, False)
+    """
+    return not issubclass(policy_class(policy), BudgetPolicy)
 
 
 def _policy(name: str, cr: float | None, seed: int) -> Policy:

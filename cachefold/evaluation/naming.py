@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cachefold.cache.codecs import get_codec
 from cachefold.core.names import closest
-from cachefold.evaluation.methods import DENSE, KEEP_ALL, Method, has_ratio, is_learned
+from cachefold.evaluation.methods import (
+    DENSE,
+    KEEP_ALL,
+    Method,
+    has_ratio,
+    is_learned,
+    takes_codec,
+)
 from cachefold.models.hub import CONFIG, read_config
 from cachefold.policies import list_policies
 
@@ -36,7 +44,8 @@ def parse_methods(words: Iterable[str], naming: Naming) -> list[Method]:
     """Turns names into methods; `dense` is always the first.
 
     Args:
-        words: `dense`, a policy, or an artefact folder, each also as `NAME+CODEC`.
+        words: `dense`, a policy, a policy at a ratio of its own such as `tova-cr4`, or an artefact
+            folder; each also as `NAME+CODEC`.
         naming: what they stand for.
 
     Raises:
@@ -87,6 +96,26 @@ def codecs_of(names: Iterable[str]) -> tuple[str | None, ...]:
     return tuple(None if name == NO_CODEC else name for name in unique) or (None,)
 
 
+def check_ratio(text: str) -> float:
+    """Reads a compression ratio.
+
+    Raises:
+        ValueError: no number, or below 1.
+
+    >>> check_ratio("2.5")
+    2.5
+    """
+    try:
+        ratio = float(text)
+    except ValueError:
+        ratio = 0.0
+    if not 1 <= ratio < math.inf:
+        raise ValueError(
+            f"a ratio is tokens seen / entries kept, at least 1, such as 2; got {text!r}"
+        )
+    return ratio
+
+
 def _split(word: str) -> tuple[str, str | None]:
     """Name and codec of `NAME+CODEC`; a folder may have a plus in its name."""
     name, plus, codec = word.rpartition("+")
@@ -109,12 +138,20 @@ def _named(name: str, codec: str | None, naming: Naming) -> list[Method]:
     if is_artefact(name):
         return [_of_folder(Path(name), codec, naming)]
     known = [DENSE, *list_policies()]
+    policy, marked, ratio = name.rpartition("-cr")
+    if marked and policy in known and has_ratio(policy):
+        return _named(policy, codec, replace(naming, crs=(check_ratio(ratio),)))
     if name not in known:
         there = [str(place) for folder in naming.folders for place, _ in _artefacts(folder)]
         raise ValueError(
             f"unknown method {name!r}.{closest(name, [*known, *there])} Methods: "
             f"{', '.join(known)}, or the folder of an artefact (`cachefold ls artefacts`); "
             "each also as NAME+CODEC"
+        )
+    if codec is not None and not takes_codec(name):
+        raise ValueError(
+            f"{name} evicts and keeps entries in the dtype of the model: leave +{codec} out of it, "
+            "and give codecs to methods by name, such as full+int4, instead of --codec"
         )
     learned = is_learned(name)
     return [

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cachefold.evaluation.footprint import Footprint
+from cachefold.evaluation.store import refuse_other
 from cachefold.evaluation.subject import Subject
 from cachefold.evaluation.task import Estimate, Task
 
@@ -114,14 +115,14 @@ def _plain(estimate: Estimate) -> dict[str, Any]:
 
 
 def _facts(task: Task, subject: Subject) -> dict[str, Any]:
-    """What results depend on, as JSON gives it back."""
+    """What results depend on, JSON values."""
     options: Any = task
     plain = {
         field.name: getattr(task, field.name)
         for field in dataclasses.fields(options)
         if not callable(getattr(task, field.name))
     }
-    return json.loads(json.dumps({"name": task.name, "task": plain} | subject.settings()))
+    return {"name": task.name, "task": plain} | subject.settings()
 
 
 def _check_seen(subject: Subject, name: str, footprint: Footprint) -> None:
@@ -164,7 +165,7 @@ class ResultLog:
         if not lines:
             self._write({"settings": facts}, "w")
             return
-        _check_facts(path, lines[0].get("settings", {}), facts)
+        refuse_other(f"{path} has results", lines[0].get("settings", {}), facts)
         for line in lines[1:]:
             self._take(line["result"], Footprint(*line["footprint"]))
 
@@ -209,16 +210,3 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def _damaged(path: Path, number: int) -> ValueError:
     return ValueError(f"{path}:{number} is damaged; delete the file to run its task again")
-
-
-def _check_facts(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
-    differing = [
-        f"{name} {there.get(name)!r} there, {here.get(name)!r} now"
-        for name in sorted({*there, *here})
-        if there.get(name) != here.get(name)
-    ]
-    if differing:
-        raise ValueError(
-            f"{path} has results of other settings ({'; '.join(differing)}); use the same ones, "
-            "or another folder"
-        )

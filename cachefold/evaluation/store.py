@@ -30,7 +30,23 @@ def claim(path: Path, facts: dict[str, Any], what: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace(path, json.dumps(facts, indent=1) + "\n")
         return
-    there, here = _read(path), json.loads(json.dumps(facts))
+    refuse_other(f"{path.parent} has {what}", _read(path), facts)
+
+
+def refuse_other(what: str, there: dict[str, Any], here: dict[str, Any]) -> None:
+    """Refuses results of other settings.
+
+    Args:
+        what: where they are and what they are, for the message.
+        there: what they depend on, as it was read from JSON.
+        here: what is asked for now, JSON values.
+
+    Raises:
+        ValueError: both differ; says in what.
+
+    >>> refuse_other("x has results", {"limit": 1}, {"limit": 1})
+    """
+    here = json.loads(json.dumps(here))
     differing = [
         f"{name} {there.get(name)!r} there, {here.get(name)!r} now"
         for name in sorted({*there, *here})
@@ -38,8 +54,8 @@ def claim(path: Path, facts: dict[str, Any], what: str) -> None:
     ]
     if differing:
         raise ValueError(
-            f"{path.parent} has {what} of other settings ({'; '.join(differing)}): use the same "
-            "ones, or another --out"
+            f"{what} of other settings ({'; '.join(differing)}): use the same ones, or another "
+            "folder"
         )
 
 

@@ -80,10 +80,6 @@ class Subject:
         self.model = model
         self.tokenizer = tokenizer
         self.codec: str | None = new_cache(model, codec=codec).codec if is_folded(model) else None
-        if codec not in (None, self.codec):
-            raise ValueError(
-                f"the caches of this policy take no codec, and {codec!r} was asked for"
-            )
         self.max_length = max_length or int(getattr(config, "max_position_embeddings", 2048))
         self._batcher = Batcher(batch_size, model.device)
         self._footprint = Footprint()

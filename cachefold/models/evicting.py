@@ -19,7 +19,7 @@ from cachefold.core.rotary import rotate
 from cachefold.models import families
 from cachefold.models.masks import valid_tokens
 from cachefold.models.run import FoldRun
-from cachefold.policies.base import BudgetPolicy
+from cachefold.policies.budget import BudgetPolicy
 
 BLOCK = 128
 """Queries that get their scores at once: more make larger products and more scores unused."""

@@ -11,15 +11,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from cachefold.cache.codecs import get_codec
 from cachefold.models import families
 from cachefold.models.attention import FoldedAttention, folded_layers
 from cachefold.models.evicting import EvictingAttention
-from cachefold.models.generation import FoldedCausalLM, new_cache, supply_cache
+from cachefold.models.generation import FoldedCausalLM, check_codec, new_cache, supply_cache
 from cachefold.models.lora import adapted_modules, remove_lora
 from cachefold.models.mixing import mix_in, mix_out
 from cachefold.models.run import FoldRun
-from cachefold.policies.base import BudgetPolicy, LearnedPolicy, Policy
+from cachefold.policies.base import LearnedPolicy, Policy
+from cachefold.policies.budget import BudgetPolicy
 
 __all__ = [
     "FoldRun",
@@ -65,15 +65,15 @@ def fold(model: PreTrainedModel, policy: Policy, codec: str | None = None) -> Pr
     """
     if is_folded(model):
         raise ValueError("the model is folded already; call unfold(model) first")
-    if codec is not None:
-        get_codec(codec)
+    check_codec(policy, codec)
     full = _foldable(model)
     decisions = [
         None if isinstance(policy, BudgetPolicy) else _build_decision(layer, policy)
         for layer in full
     ]
     state: Any = model
-    state._cachefold_adapted, state._cachefold_codec = frozenset(adapted_modules(model)), codec
+    state._cachefold_adapted = frozenset(adapted_modules(model))
+    state._cachefold_policy, state._cachefold_codec = policy, codec
     for layer, decision in zip(full, decisions, strict=True):
         mix_in(layer, EvictingAttention if decision is None else FoldedAttention)
         layer.policy = policy
@@ -157,8 +157,8 @@ def unfold(model: PreTrainedModel) -> PreTrainedModel:
         del attention.policy
     state._cachefold_hook.remove()
     mix_out(model)
-    del state._cachefold_hook, state._cachefold_adapted, state._cachefold_codec
-    del state.config.cachefold
+    del state._cachefold_hook, state._cachefold_adapted
+    del state._cachefold_policy, state._cachefold_codec, state.config.cachefold
     return model
 
 

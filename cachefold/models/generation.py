@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 
 from cachefold.attention.dispatch import check_name
 from cachefold.cache import FoldedCache
-from cachefold.models import families
+from cachefold.cache.codecs import get_codec
 from cachefold.models.attention import check_cache, folded_layers
 from cachefold.models.run import FoldRun
-from cachefold.policies.base import BudgetPolicy, Policy
+from cachefold.policies.base import Policy
+from cachefold.policies.budget import BudgetPolicy
 
 
 class FoldedCausalLM:
@@ -76,21 +77,33 @@ def new_cache(
     layers = folded_layers(model)
     if not layers:
         raise ValueError("the model is not folded; call fold(model, policy) first")
-    policy: Policy = families.attention_layers(model)[layers[0]].policy
     state: Any = model
+    policy: Policy = state._cachefold_policy
     codec = codec or state._cachefold_codec
+    check_codec(policy, codec)
     if isinstance(policy, BudgetPolicy):
         _check_evicting(policy.name, page_size, backend)
-        if codec is not None:
-            raise ValueError(
-                f"the caches of this policy take no codec, and {codec!r} was asked for: "
-                f"{policy.name} keeps the dtype of the model; codecs go with policies that fold"
-            )
         return FoldedCache(model.config, folded_layers=layers, max_bytes=max_bytes, evictor=policy)
     return FoldedCache(
         model.config, folded_layers=layers, delay=policy.delay, window=policy.window,
         page_size=page_size, max_bytes=max_bytes, backend=backend, codec=codec,
     )  # fmt: skip
+
+
+def check_codec(policy: Policy, codec: str | None) -> None:
+    """Refuses a codec that is unknown, or one for a policy whose entries are not packed.
+
+    Raises:
+        ValueError: says which.
+    """
+    if codec is None:
+        return
+    get_codec(codec)
+    if isinstance(policy, BudgetPolicy):
+        raise ValueError(
+            f"{policy.name} evicts and keeps entries in the dtype of the model: leave codec "
+            f"{codec!r} out; codecs go with policies that fold, such as full"
+        )
 
 
 def _check_evicting(name: str, page_size: int, backend: str) -> None:
@@ -125,7 +138,7 @@ def supply_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     """Forward pre-hook: a call without a cache gets a folded one; other caches are refused."""
     run = kwargs.get("fold_run") or FoldRun()
     cache = kwargs.get("past_key_values")
-    policy = families.attention_layers(model)[folded_layers(model)[0]].policy
+    policy = model._cachefold_policy
     if isinstance(policy, BudgetPolicy):
         _check_run(policy.name, run)
     if run.mode != "hard" and isinstance(cache, FoldedCache):

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from cachefold.models.fold import fold, is_folded, unfold
 from cachefold.models.lora import add_lora, lora_rank
-from cachefold.policies import get_policy
+from cachefold.policies import get_policy, policy_class
+from cachefold.policies.budget import BudgetPolicy
 
 WEIGHTS = "cachefold.safetensors"
 CONFIG = "cachefold.json"
@@ -80,7 +81,7 @@ def save_folded(
         The folder.
 
     Raises:
-        ValueError: the model is not folded.
+        ValueError: the model is not folded, or by a policy that learns nothing.
 
     >>> import tempfile
     >>> from cachefold import DMC, fold
@@ -92,6 +93,12 @@ def save_folded(
     """
     if not is_folded(model):
         raise ValueError("only a folded model can be saved; call fold(model, policy) first")
+    name = model.config.cachefold["name"]
+    if issubclass(policy_class(name), BudgetPolicy):
+        raise ValueError(
+            f"{name} learns nothing, so that there is nothing to save; load the base model and "
+            "call fold(model, policy) again"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = _config(model, base) | (extra or {})

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from torch import Tensor, nn
 
-from cachefold.core.eviction import Evictor
 from cachefold.core.names import closest
+from cachefold.policies.budget import BudgetPolicy
 
 
 class Decision(Protocol):
@@ -84,20 +84,6 @@ class LearnedPolicy(Protocol):
 
     def to_dict(self) -> dict[str, Any]:
         """Returns name and options, as `get_policy` takes them."""
-        ...
-
-
-@runtime_checkable
-class BudgetPolicy(Evictor, Protocol):
-    """A method that learns nothing and evicts entries; a frozen dataclass under `register`."""
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-    name: ClassVar[str]
-    """The name it is registered under."""
-
-    @property
-    def cr(self) -> float | None:
-        """Target compression ratio, tokens seen / entries kept; None where a budget is set."""
         ...
 
 

@@ -1,7 +1,8 @@
-"""What the training-free policies share: how many entries a head may keep."""
+"""What the training-free policies are, and how many entries a head may keep."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -13,14 +14,18 @@ from cachefold.policies.options import check_cr, is_int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Budget:
-    """A fixed number of entries, or one that grows with the text; exactly one of both.
+class BudgetPolicy(ABC):
+    """A method that learns nothing and evicts entries; an `Evictor`, made known by `register`.
 
-    >>> Budget(cr=4).allowed(torch.tensor([1, 4, 5])).tolist()
+    The entries it keeps are a fixed number, or one that grows with the text; exactly one of both.
+
+    >>> from cachefold.policies.tova import TOVA
+    >>> TOVA(cr=4).allowed(torch.tensor([1, 4, 5])).tolist()
     [1, 1, 2]
     """
 
-    name: ClassVar[str] = "budget"
+    name: ClassVar[str]
+    """The name it is registered under."""
     attentive: ClassVar[bool] = False
     cumulative: ClassVar[bool] = False
 
@@ -58,12 +63,12 @@ class Budget:
         return torch.ceil(seen.double() / self.cr).long().clamp(min=self.minimum)
 
     def score(self, score: Tensor | None, weights: Tensor) -> Tensor:
-        """Never called: ranks don't depend on attention."""
-        raise NotImplementedError
+        """See `Evictor.score`; an `attentive` policy has one of its own."""
+        raise AssertionError(f"{self.name} reads no attention")
 
+    @abstractmethod
     def rank(self, held: Held) -> Tensor:
         """Who goes first; see `Evictor.rank`."""
-        raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:
         """Returns name and options, as `get_policy` takes them."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -38,5 +38,5 @@ class Full:
         return logits, omega
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the name, as `get_policy` takes it."""
-        return {"name": self.name}
+        """Returns name and options, as `get_policy` takes them."""
+        return {"name": self.name, **asdict(self)}

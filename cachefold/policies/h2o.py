@@ -10,12 +10,12 @@ from torch import Tensor
 
 from cachefold.core.eviction import Held
 from cachefold.policies.base import register
-from cachefold.policies.budget import Budget
+from cachefold.policies.budget import BudgetPolicy
 
 
 @register("h2o")
 @dataclass(frozen=True, kw_only=True, slots=True)
-class H2O(Budget):
+class H2O(BudgetPolicy):
     """Heavy-hitter oracle: evicts what received least attention in all; no training.
 
     A kv head sums the weights of its query heads over all queries since the entry came.
@@ -33,7 +33,7 @@ class H2O(Budget):
 
     def __post_init__(self) -> None:
         """Checks values."""
-        Budget.__post_init__(self)
+        BudgetPolicy.__post_init__(self)
         if not _is_share(self.recent):
             raise ValueError(
                 "recent is the share of entries that are the newest, above 0 and below 1, such as "

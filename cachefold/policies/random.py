@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cachefold.core.eviction import Held
 from cachefold.policies.base import register
-from cachefold.policies.budget import Budget
+from cachefold.policies.budget import BudgetPolicy
 from cachefold.policies.options import is_int
 
 _MULTIPLIERS = (0x1CE4E5B9BF58476D, 0x133111EB94D049BB)
@@ -19,7 +19,7 @@ _MULTIPLIERS = (0x1CE4E5B9BF58476D, 0x133111EB94D049BB)
 
 @register("random")
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Random(Budget):
+class Random(BudgetPolicy):
     """Evicts any entry with the same chance, in each head on its own; no training.
 
     Draws depend on seed, layer, head and positions alone: the same in any batch and for any
@@ -36,7 +36,7 @@ class Random(Budget):
 
     def __post_init__(self) -> None:
         """Checks values."""
-        Budget.__post_init__(self)
+        BudgetPolicy.__post_init__(self)
         if not is_int(self.seed) or not 0 <= self.seed < 2**31:
             raise ValueError(f"seed is a whole number from 0 to {2**31 - 1}; got {self.seed!r}")
 

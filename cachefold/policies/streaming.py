@@ -10,13 +10,13 @@ from torch import Tensor
 
 from cachefold.core.eviction import Held
 from cachefold.policies.base import register
-from cachefold.policies.budget import Budget
+from cachefold.policies.budget import BudgetPolicy
 from cachefold.policies.options import is_int
 
 
 @register("streaming")
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Streaming(Budget):
+class Streaming(BudgetPolicy):
     """StreamingLLM: attention sinks and a sliding window; no training.
 
     Keys keep the positions they came with; the paper numbers them within the cache, which lets a
@@ -35,7 +35,7 @@ class Streaming(Budget):
         """Checks values."""
         if not is_int(self.sinks) or self.sinks < 0:
             raise ValueError(f"sinks is a whole number of tokens >= 0; got {self.sinks!r}")
-        Budget.__post_init__(self)
+        BudgetPolicy.__post_init__(self)
 
     @property
     def minimum(self) -> int:

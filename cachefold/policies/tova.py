@@ -9,12 +9,12 @@ from torch import Tensor
 
 from cachefold.core.eviction import Held
 from cachefold.policies.base import register
-from cachefold.policies.budget import Budget
+from cachefold.policies.budget import BudgetPolicy
 
 
 @register("tova")
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TOVA(Budget):
+class TOVA(BudgetPolicy):
     """Token omission via attention: evicts what the last query attends to least; no training.
 
     The weights of the query are averaged over all heads of a layer, which all keep the same

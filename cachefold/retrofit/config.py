@@ -15,7 +15,7 @@ import yaml
 from cachefold.core.decisions import RELAXATIONS
 from cachefold.core.names import closest
 from cachefold.policies import get_policy
-from cachefold.policies.base import BudgetPolicy
+from cachefold.policies.budget import BudgetPolicy
 
 _Config = TypeVar("_Config")
 DTYPES = ("bfloat16", "float32")

@@ -32,18 +32,23 @@ def test_policies_come_at_every_ratio_and_codec_and_dense_first() -> None:
     assert names("tova,dense,h2o", crs=(2.0, 4.5)) == [
         "dense", "tova-cr2", "tova-cr4.5", "h2o-cr2", "h2o-cr4.5",
     ]  # fmt: skip
-    assert names("tova,full", codecs=(None, "int4")) == [
-        "dense", "tova-cr2", "tova-cr2+int4", "full", "full+int4",
-    ]  # fmt: skip
+    assert names("full", codecs=(None, "int4")) == ["dense", "full", "full+int4"]
     assert names("full+int2,full+int8", codecs=("int4",)) == ["dense", "full+int2", "full+int8"]
+    assert names("tova-cr8,tova", crs=(2.0,)) == ["dense", "tova-cr8", "tova-cr2"]
     assert names("tova,tova") == ["dense", "tova-cr2"]
 
 
 def test_methods_say_what_they_are() -> None:
-    _, tova, full = parse_methods(["tova+int4", "full+int2"], Naming(base="b", crs=(4.0,)))
-    assert (tova.policy, tova.cr, tova.codec, tova.artefact) == ("tova", 4.0, "int4", None)
+    _, tova, full = parse_methods(["tova", "full+int2"], Naming(base="b", crs=(4.0,)))
+    assert (tova.policy, tova.cr, tova.codec, tova.artefact) == ("tova", 4.0, None, None)
     assert (full.policy, full.cr, full.codec) == ("full", None, "int2")
     assert tova.facts()["weights"] is None and json.dumps(tova.facts())
+
+
+@pytest.mark.parametrize(("word", "codecs"), [("tova+int4", (None,)), ("tova", ("int4",))])
+def test_a_codec_for_a_policy_that_evicts_is_refused(word: str, codecs: tuple) -> None:
+    with pytest.raises(ValueError, match=r"tova evicts .*leave \+int4 out"):
+        parse_methods([word], Naming(base="b", codecs=codecs))
 
 
 def test_artefacts_by_name(tmp_path: Path) -> None:
@@ -104,6 +109,8 @@ def test_a_missing_artefact_comes_with_its_command(tmp_path, monkeypatch) -> Non
         ("tovaa", "unknown method 'tovaa'. Did you mean 'tova'?"),
         ("tova+int5", "unknown codec 'int5'. Did you mean"),
         ("dense+int4", r"full\+int4 keeps every entry in int4"),
+        ("tova-cr0.5", "at least 1, such as 2; got '0.5'"),
+        ("full-cr2", "unknown method 'full-cr2'. Did you mean 'full'"),
         ("dmd", "unknown method 'dmd'. Did you mean 'dm"),
     ],
 )

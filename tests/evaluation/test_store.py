@@ -19,7 +19,7 @@ def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
         claim(path, {"limit": 3, "files": ("a",), "seed": 1}, "results")
     text = str(caught.value)
     assert text.startswith(f"{tmp_path}/new has results of other settings (dtype 'float32' there")
-    assert "limit None there, 3 now" in text and "another --out" in text and "files" not in text
+    assert "limit None there, 3 now" in text and "another folder" in text and "files" not in text
 
 
 def test_a_result_is_measured_once(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from cachefold import DMC, fold, is_folded, load_folded, save_folded
+from cachefold import DMC, TOVA, fold, is_folded, load_folded, save_folded
 from cachefold.models.hub import WEIGHTS, read_config
 from cachefold.models.lora import add_lora
 from tests.models.tiny import random_ids, scramble_decisions, tiny_model
@@ -76,3 +76,10 @@ def test_a_load_that_fails_leaves_the_model_as_it_was(tmp_path):
         load_folded(tmp_path, model)
     assert not is_folded(model) and torch.equal(model(ids).logits, before)
     assert [parameter.requires_grad for parameter in model.parameters()] == flags
+
+
+def test_a_policy_that_learns_nothing_is_not_saved(tmp_path):
+    model = fold(tiny_model(), TOVA(cr=2.0))
+    with pytest.raises(ValueError, match="tova learns nothing"):
+        save_folded(model, tmp_path / "a", base={"id": "tiny", "revision": "none"})
+    assert not (tmp_path / "a").exists()

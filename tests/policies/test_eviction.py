@@ -149,3 +149,11 @@ def test_options_are_checked(name):
 def test_a_budget_below_sinks_and_newest_is_refused_with_the_minimum():
     with pytest.raises(ValueError, match="for streaming at least 5; got 4"):
         Streaming(budget=4)
+
+
+def test_a_codec_is_refused_by_the_fold_and_by_a_new_cache():
+    model = tiny_model()
+    with pytest.raises(ValueError, match="tova evicts .* leave codec 'int4' out"):
+        fold(model, TOVA(cr=2.0), codec="int4")
+    with folded(model, TOVA(cr=2.0)), pytest.raises(ValueError, match="leave codec 'int4' out"):
+        new_cache(model, codec="int4")
