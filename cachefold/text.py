@@ -83,6 +83,15 @@ def pack(token_lists: Iterable[Sequence[int]], tokens: int, end: int | None) -> 
     return torch.tensor(stream[: blocks * tokens], dtype=torch.int64).view(blocks, tokens)
 
 
+def evenly_spaced(blocks: Tensor, count: int) -> Tensor:
+    """Picks `count` of (M, T) sequences, spread over all of them; all where there are fewer.
+
+    >>> evenly_spaced(torch.arange(5)[:, None], 3).flatten().tolist()
+    [0, 2, 4]
+    """
+    return blocks[torch.linspace(0, len(blocks) - 1, min(count, len(blocks))).long()]
+
+
 def read_file(path: str | Path) -> Iterator[Row]:
     """Yields the rows of a `.jsonl` or `.txt` file, gzipped or not; a text file is one row.
 

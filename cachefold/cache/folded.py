@@ -41,6 +41,9 @@ class FoldedCache(Cache):
             window, page_size and backend mean nothing.
         codec: how entries are packed, a name of `cachefold ls codecs`; None = they keep the dtype
             of the model. The first entries of each head, the newest and the open one stay exact.
+        cr: ratio that a model with a dial is asked for, tokens seen / entries kept; None = that
+            of its policy.
+        preset: kind of text its dial was calibrated for, such as `code`; None = the default one.
 
     Raises:
         ValueError: an index out of range, a layer whose cache can't be folded, paging options
@@ -64,6 +67,8 @@ class FoldedCache(Cache):
         backend: str = "auto",
         evictor: Evictor | None = None,
         codec: str | None = None,
+        cr: float | None = None,
+        preset: str | None = None,
     ) -> None:
         if not paged:
             raise ValueError(
@@ -89,6 +94,8 @@ class FoldedCache(Cache):
         self.page_size = page_size
         self.evictor = evictor
         self.codec = codec
+        self.cr = cr
+        self.preset = preset
         text = config.get_text_config(decoder=True)
         self.num_kv_heads: int = (
             getattr(text, "num_key_value_heads", None) or text.num_attention_heads

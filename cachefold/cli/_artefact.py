@@ -33,8 +33,13 @@ def find(path: Path) -> Path:
     return beside if not path.exists() and beside.exists() else path
 
 
-def load_artefact(folder: Path, dtype: str = "bfloat16") -> Loaded:
+def load_artefact(folder: Path, dtype: str = "bfloat16", cr: float | None = None) -> Loaded:
     """Loads an artefact and its base model (zoo name, folder or hub id), on CUDA when there.
+
+    Args:
+        folder: of the artefact.
+        dtype: of the base model.
+        cr: ratio to set a dial to; None = as it is.
 
     Raises:
         ValueError: no artefact, unknown dtype, or the base model can't be loaded.
@@ -57,7 +62,7 @@ def load_artefact(folder: Path, dtype: str = "bfloat16") -> Loaded:
     logging.disable_progress_bar()
     base, tokenizer = load_base(str(config["base"]["id"]), getattr(torch, dtype))
     _check_revision(config, base)
-    model: Any = load_folded(folder, base)
+    model: Any = load_folded(folder, base, cr=cr)
     if torch.cuda.is_available():
         model.to("cuda")
     return Loaded(model, tokenizer, config)

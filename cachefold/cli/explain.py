@@ -24,11 +24,12 @@ def run(
     head: Annotated[int, typer.Option(help="Key-value head, from 0.")] = 0,
     artefact: Annotated[Path, typer.Option(help="Folder that a retrofit wrote.")] = SHIPPED,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    cr: Annotated[float | None, typer.Option(help="Ratio of an artefact with a dial.")] = None,
 ) -> None:
     """Show what one head decides for every token of a text."""
     from cachefold.cli._artefact import load_artefact
 
-    loaded = load_artefact(artefact, dtype)
+    loaded = load_artefact(artefact, dtype, cr)
     import torch
 
     from cachefold.models.fold import FoldRun, folded_layers

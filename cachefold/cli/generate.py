@@ -14,6 +14,7 @@ from cachefold.cli._artefact import SHIPPED
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from cachefold.cache.folded import FoldedCache
     from cachefold.cli._artefact import Loaded
 
 
@@ -30,16 +31,23 @@ def run(
     ] = False,
     artefact: Annotated[Path, typer.Option(help="Folder that a retrofit wrote.")] = SHIPPED,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    cr: Annotated[float | None, typer.Option(help="Ratio of an artefact with a dial.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Kind of text its dial was calibrated for: chat, code, bulk.")
+    ] = None,
 ) -> None:
     """Continue a prompt, then say what the cache kept."""
     text = _read_prompt(prompt, prompt_file)
     from cachefold.cli._artefact import load_artefact
 
-    loaded = load_artefact(artefact, dtype)
+    loaded = load_artefact(artefact, dtype, cr)
     import torch
 
+    from cachefold.models.fold import new_cache
+
     torch.manual_seed(seed)
-    _stream(loaded, _encode(loaded, text, chat), max_new_tokens, temperature)
+    cache = new_cache(loaded.model, preset=preset)
+    _stream(loaded, cache, _encode(loaded, text, chat), max_new_tokens, temperature)
 
 
 def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
@@ -71,14 +79,14 @@ def _encode(loaded: Loaded, text: str, chat: bool) -> Tensor:
     return ids.to(loaded.model.device)
 
 
-def _stream(loaded: Loaded, ids: Tensor, max_new_tokens: int, temperature: float) -> None:
+def _stream(
+    loaded: Loaded, cache: FoldedCache, ids: Tensor, max_new_tokens: int, temperature: float
+) -> None:
     import torch
     from transformers import TextStreamer
 
     from cachefold.cli._artefact import cache_line, greedy_or_sample
-    from cachefold.models.fold import new_cache
 
-    cache = new_cache(loaded.model)
     streamer = TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
     start = time.perf_counter()
     output = loaded.model.generate(

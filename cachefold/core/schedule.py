@@ -7,13 +7,13 @@ import math
 from torch import Tensor
 
 
-def target_cr(step: int, total: int, cr: float) -> float:
-    """Ramps the target compression ratio linearly from 1 to `cr` over `total` steps.
+def target_cr(step: int, total: int, cr: float, start: float = 1.0) -> float:
+    """Ramps the target compression ratio linearly from `start` to `cr` over `total` steps.
 
     >>> [target_cr(step, 10, 3.0) for step in (0, 5, 10, 20)]
     [1.0, 2.0, 3.0, 3.0]
     """
-    return 1.0 + (cr - 1.0) * min(1.0, step / max(total, 1))
+    return start + (cr - start) * min(1.0, step / max(total, 1))
 
 
 def zero_out_factor(step: int, total: int) -> float:

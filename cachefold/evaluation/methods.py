@@ -42,6 +42,8 @@ class Method:
     """How entries are stored; None = in the dtype of the model."""
     artefact: Path | None = None
     """Folder of the learned weights."""
+    dial: bool = False
+    """Whether `cr` is set on the dial of the artefact."""
 
     def facts(self) -> dict[str, Any]:
         """What the method is, for reports and for telling stored results apart."""
@@ -75,12 +77,14 @@ def applied(method: Method, model: PreTrainedModel, seed: int = 0) -> Iterator[P
         with folded(model, _policy(method.policy, method.cr, seed)):
             yield model
     else:
-        with _with_artefact(method.artefact, model):
+        with _with_artefact(method.artefact, model, method.cr if method.dial else None):
             yield model
 
 
 @contextmanager
-def _with_artefact(folder: Path, model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+def _with_artefact(
+    folder: Path, model: PreTrainedModel, cr: float | None
+) -> Iterator[PreTrainedModel]:
     """Loads an artefact; base weights that it brings along are put back at the end."""
     with safe_open(folder / WEIGHTS, "pt") as file:
         trained = set(file.keys())
@@ -88,7 +92,7 @@ def _with_artefact(folder: Path, model: PreTrainedModel) -> Iterator[PreTrainedM
     frozen = {name: parameter.requires_grad for name, parameter in parameters.items()}
     before = {name: parameters[name].detach().clone() for name in trained & set(parameters)}
     device: Any = model.device
-    load_folded(folder, model)
+    load_folded(folder, model, cr=cr)
     model.to(device)  # the decision modules and adapters that came with it
     try:
         yield model

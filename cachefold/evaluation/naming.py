@@ -63,7 +63,7 @@ def parse_methods(words: Iterable[str], naming: Naming) -> list[Method]:
     unique: dict[tuple[Any, ...], Method] = {}
     for method in methods:
         place = method.artefact and method.artefact.resolve()
-        same = (place,) if place else (method.policy, method.cr)
+        same = (place, method.cr) if place else (method.policy, method.cr)
         unique.setdefault((*same, method.codec), method)
     names = [method.name for method in unique.values()]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -132,11 +132,10 @@ def _split(word: str) -> tuple[str, str | None]:
 
 def _named(name: str, codec: str | None, naming: Naming) -> list[Method]:
     """All methods that one name stands for."""
-    suffix = "" if codec is None else f"+{codec}"
     if name == DENSE:
         return []
     if is_artefact(name):
-        return [_of_folder(Path(name), codec, naming)]
+        return _of_folder(Path(name), codec, naming)
     known = [DENSE, *list_policies()]
     policy, marked, ratio = name.rpartition("-cr")
     if marked and policy in known and has_ratio(policy):
@@ -153,17 +152,31 @@ def _named(name: str, codec: str | None, naming: Naming) -> list[Method]:
             f"{name} evicts and keeps entries in the dtype of the model: leave +{codec} out of it, "
             "and give codecs to methods by name, such as full+int4, instead of --codec"
         )
-    learned = is_learned(name)
     return [
-        Method(
-            name=(name if cr is None else f"{name}-cr{cr:g}") + suffix, policy=name, cr=cr,
-            codec=codec, artefact=find_artefact(name, cr, naming) if learned else None,
-        )
-        for cr in (naming.crs if has_ratio(name) else (None,))
-    ]  # fmt: skip
+        _of_policy(name, cr, codec, naming) for cr in (naming.crs if has_ratio(name) else (None,))
+    ]
 
 
-def _of_folder(folder: Path, codec: str | None, naming: Naming) -> Method:
+def _of_policy(name: str, cr: float | None, codec: str | None, naming: Naming) -> Method:
+    folder = find_artefact(name, cr, naming) if is_learned(name) else None
+    return Method(
+        name=(name if cr is None else f"{name}-cr{cr:g}") + _plus(codec), policy=name, cr=cr,
+        codec=codec, artefact=folder, dial=folder is not None and _range(folder) is not None,
+    )  # fmt: skip
+
+
+def _plus(codec: str | None) -> str:
+    return "" if codec is None else f"+{codec}"
+
+
+def _range(folder: Path) -> float | None:
+    """Largest ratio of the dial of an artefact; None = it has none."""
+    most: float | None = read_config(folder)["policy"].get("max_cr")
+    return most
+
+
+def _of_folder(folder: Path, codec: str | None, naming: Naming) -> list[Method]:
+    """The method of an artefact, or of its dial at every ratio."""
     config = read_config(folder)
     base = str(config["base"].get("id"))
     if not _same_base(base, naming.base):
@@ -173,10 +186,17 @@ def _of_folder(folder: Path, codec: str | None, naming: Naming) -> Method:
         )
     name = folder.resolve().name
     name = folder.resolve().parent.name if name == "final" else name
-    return Method(
-        name=name + ("" if codec is None else f"+{codec}"), policy=config["policy"]["name"],
-        cr=config["policy"].get("cr"), codec=codec, artefact=folder,
+    policy, most = config["policy"], _range(folder)
+    one = Method(
+        name=name + _plus(codec), policy=policy["name"], cr=policy.get("cr"), codec=codec,
+        artefact=folder, dial=most is not None,
     )  # fmt: skip
+    if most is None:
+        return [one]
+    beyond = [cr for cr in naming.crs if cr > most]
+    if beyond:
+        raise ValueError(f"the dial of {folder} serves cr from 1 to {most:g}; got {beyond[0]:g}")
+    return [replace(one, name=f"{name}-cr{cr:g}{_plus(codec)}", cr=cr) for cr in naming.crs]
 
 
 def _same_base(one: str, other: str) -> bool:
@@ -187,19 +207,25 @@ def _same_base(one: str, other: str) -> bool:
 def find_artefact(policy: str, cr: float | None, naming: Naming) -> Path:
     """The artefact of a policy at a ratio (None = it has none), for the base that is compared.
 
+    One made for the ratio comes before a dial that covers it.
+
     Raises:
         ValueError: none, with the command that makes it; or several.
     """
     ratios: set[float] = set()
     for folder in naming.folders:
-        found = []
+        found, dials = [], []
         for place, config in _artefacts(folder):
             made = config["policy"]
             if made["name"] != policy or not _same_base(config["base"]["id"], naming.base):
                 continue
-            ratio = made.get("cr")
-            ratios |= set() if ratio is None else {ratio}
-            found += [place] if ratio == cr else []
+            ratio, most = made.get("cr"), made.get("max_cr")
+            ratios |= set() if ratio is None else {most or ratio}
+            if most is not None and cr is not None:
+                dials += [place] if cr <= most else []
+            elif ratio == cr:
+                found.append(place)
+        found = found or dials
         if len(found) > 1:
             raise ValueError(
                 f"several artefacts are {policy}{_at(cr)}: {', '.join(map(str, found))}; name the "

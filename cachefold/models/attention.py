@@ -59,7 +59,8 @@ class FoldedAttention:
         key, value = (pool_heads(x, self.policy.kv_heads) for x in (key, value))
         layer = _folded_layer(past_key_values, self.layer_idx)
         fresh = layer is None or layer.get_seq_length() == 0
-        logits, omega = self.policy.share(*self.decision(query, key, hidden_states))
+        position = run.position or 0.0
+        logits, omega = self.policy.share(*self.decision(query, key, hidden_states, position))
         alpha = self._alpha(logits, omega, run, valid if fresh else None)
         damp = Damping(self.decision.neuron, run.zero_out, key)
         tokens = Tokens(damp(key), value, *position_embeddings, alpha, omega, valid)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from cachefold.core.dial import Dial
 from cachefold.models import families
 from cachefold.models.attention import FoldedAttention, folded_layers
 from cachefold.models.evicting import EvictingAttention
@@ -74,6 +75,7 @@ def fold(model: PreTrainedModel, policy: Policy, codec: str | None = None) -> Pr
     state: Any = model
     state._cachefold_adapted = frozenset(adapted_modules(model))
     state._cachefold_policy, state._cachefold_codec = policy, codec
+    state._cachefold_dial = Dial()
     for layer, decision in zip(full, decisions, strict=True):
         mix_in(layer, EvictingAttention if decision is None else FoldedAttention)
         layer.policy = policy
@@ -158,7 +160,8 @@ def unfold(model: PreTrainedModel) -> PreTrainedModel:
     state._cachefold_hook.remove()
     mix_out(model)
     del state._cachefold_hook, state._cachefold_adapted
-    del state._cachefold_policy, state._cachefold_codec, state.config.cachefold
+    del state._cachefold_policy, state._cachefold_codec, state._cachefold_dial
+    del state.config.cachefold
     return model
 
 

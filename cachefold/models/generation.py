@@ -14,6 +14,7 @@ from cachefold.attention.dispatch import check_name
 from cachefold.cache import FoldedCache
 from cachefold.cache.codecs import get_codec
 from cachefold.models.attention import check_cache, folded_layers
+from cachefold.models.dial import check_dial, with_position
 from cachefold.models.run import FoldRun
 from cachefold.policies.base import Policy
 from cachefold.policies.budget import BudgetPolicy
@@ -21,6 +22,29 @@ from cachefold.policies.budget import BudgetPolicy
 
 class FoldedCausalLM:
     """Mixin put before a model's class while it is folded."""
+
+    def generate(
+        self, *args: Any, cr: float | None = None, preset: str | None = None, **kwargs: Any
+    ) -> Any:
+        """As the model's own, with the ratio of a dial.
+
+        Args:
+            args: as the model's own takes them.
+            cr: tokens seen / entries kept that the cache is to reach; None = the policy's.
+            preset: kind of text the dial was calibrated for; None = the default one.
+            kwargs: as the model's own takes them.
+
+        Raises:
+            ValueError: a ratio or preset that this model does not serve, or one beside a cache.
+        """
+        if cr is not None or preset is not None:
+            if kwargs.get("past_key_values") is not None:
+                raise ValueError(
+                    "cr and preset are those of a new cache, and past_key_values is given: leave "
+                    "it out, or make it with cachefold.models.fold.new_cache(model, cr=...)"
+                )
+            kwargs["past_key_values"] = new_cache(self, cr=cr, preset=preset)  # type: ignore[arg-type]
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -59,6 +83,8 @@ def new_cache(
     max_bytes: int | None = None,
     backend: str = "auto",
     codec: str | None = None,
+    cr: float | None = None,
+    preset: str | None = None,
 ) -> FoldedCache:
     """An empty cache for a folded model.
 
@@ -69,6 +95,8 @@ def new_cache(
         backend: of attention over this cache: `auto`, or a name of `cachefold ls backends`.
         codec: how entries are packed, a name of `cachefold ls codecs`; None = what `fold` was
             told. See `FoldedCache`.
+        cr: ratio of a dial, tokens seen / entries kept; None = that of the policy.
+        preset: kind of text the dial was calibrated for; None = the default one.
 
     Raises:
         ValueError: the model is not folded, or an option out of range.
@@ -81,12 +109,14 @@ def new_cache(
     policy: Policy = state._cachefold_policy
     codec = codec or state._cachefold_codec
     check_codec(policy, codec)
+    check_dial(model, cr, preset)
     if isinstance(policy, BudgetPolicy):
         _check_evicting(policy.name, page_size, backend)
         return FoldedCache(model.config, folded_layers=layers, max_bytes=max_bytes, evictor=policy)
     return FoldedCache(
         model.config, folded_layers=layers, delay=policy.delay, window=policy.window,
-        page_size=page_size, max_bytes=max_bytes, backend=backend, codec=codec,
+        page_size=page_size, max_bytes=max_bytes, backend=backend, codec=codec, cr=cr,
+        preset=preset,
     )  # fmt: skip
 
 
@@ -151,6 +181,7 @@ def supply_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     check_cache(cache)
     if cache is not None:
         _check_policy(policy, cache)
+        check_dial(model, cache.cr, cache.preset)
     use_cache = kwargs.get("use_cache")
     if use_cache is None:
         # Only hard decisions can be carried out in a cache.
@@ -161,5 +192,7 @@ def supply_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
             "use_cache out or set it to False"
         )
     if use_cache and cache is None:
-        kwargs["past_key_values"] = new_cache(model)
+        cache = kwargs["past_key_values"] = new_cache(model)
+    if not isinstance(policy, BudgetPolicy) and policy.max_cr and run.position is None:
+        kwargs["fold_run"] = with_position(model, run, cache)
     return args, kwargs

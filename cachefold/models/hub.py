@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cachefold.models.dial import turn_dial
 from cachefold.models.fold import fold, is_folded, unfold
 from cachefold.models.lora import add_lora, lora_rank
 from cachefold.policies import get_policy, policy_class
@@ -36,8 +38,13 @@ def trainable_state(model: PreTrainedModel) -> dict[str, Tensor]:
     }
 
 
-def load_trainable_state(model: PreTrainedModel, path: Path) -> None:
+def load_trainable_state(model: PreTrainedModel, path: Path, *, fresh: Sequence[str] = ()) -> None:
     """Copies a saved state into a model of the same shape, in place.
+
+    Args:
+        model: folded, with LoRA if the state has it.
+        path: the safetensors file.
+        fresh: endings of parameter names that may be missing there, and then stay as they are.
 
     Raises:
         ValueError: unreadable file, missing or surplus names, other shapes; nothing is copied.
@@ -47,7 +54,7 @@ def load_trainable_state(model: PreTrainedModel, path: Path) -> None:
     except (OSError, SafetensorError) as error:
         raise ValueError(f"can't read {path}: {error}") from error
     parameters = dict(model.named_parameters())
-    expected = set(trainable_state(model))
+    expected = {name for name in trainable_state(model) if not name.endswith(tuple(fresh))}
     if expected - set(state) or set(state) - set(parameters):
         odd = sorted((expected - set(state)) | (set(state) - set(parameters)))
         raise ValueError(f"{path} does not fit the model; first name that differs: {odd[0]}")
@@ -110,9 +117,24 @@ def save_folded(
     return folder
 
 
+def update_config(folder: str | Path, changes: dict[str, Any]) -> None:
+    """Changes keys of the JSON config of an artefact; the file is the old or the new one.
+
+    Raises:
+        ValueError: no artefact there.
+    """
+    config = read_config(folder) | changes
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        (Path(scratch) / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        os.replace(Path(scratch) / CONFIG, Path(folder) / CONFIG)
+
+
 def _config(model: PreTrainedModel, base: dict[str, str]) -> dict[str, Any]:
     rank = lora_rank(model)
-    return {"format": FORMAT, "base": base, "policy": model.config.cachefold, "lora_rank": rank}
+    state: Any = model
+    tables = {name: list(table) for name, table in state._cachefold_dial.tables.items()}
+    config = {"format": FORMAT, "base": base, "policy": model.config.cachefold, "lora_rank": rank}
+    return config | ({"dial": tables} if tables else {})
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -141,12 +163,15 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
-def load_folded(folder: str | Path, base_model: PreTrainedModel) -> PreTrainedModel:
+def load_folded(
+    folder: str | Path, base_model: PreTrainedModel, *, cr: float | None = None
+) -> PreTrainedModel:
     """Folds `base_model` in place with an artefact's policy and weights.
 
     Args:
         folder: an artefact written by `save_folded`.
         base_model: the dense base model, freshly loaded.
+        cr: ratio that a dial is set to unless a cache asks for another; None = the policy's own.
 
     Returns:
         The same model, folded, in eval mode.
@@ -170,6 +195,7 @@ def load_folded(folder: str | Path, base_model: PreTrainedModel) -> PreTrainedMo
     trainable = [(parameter, parameter.requires_grad) for parameter in base_model.parameters()]
     fold(base_model, get_policy(**config["policy"]))
     try:
+        turn_dial(base_model, config.get("dial", {}), cr)
         if config["lora_rank"]:
             add_lora(base_model, config["lora_rank"])
         load_trainable_state(base_model, Path(folder) / WEIGHTS)

@@ -27,6 +27,8 @@ class FoldRun:
     """`gumbel`, `straight-through` or `sigmoid`."""
     zero_out: float = 0.0
     """Factor left on the decision neuron before and after RoPE; only for decision `neuron`."""
+    position: float | None = None
+    """Of the dial (`core.dial`); None = that of the cache, else of the policy."""
     recorder: dict[int, Decisions] | None = None
     """Filled with the decisions used, by layer index."""
 

@@ -18,13 +18,16 @@ class Decision(Protocol):
     neuron: int | None
     """Channel of queries and keys that decides and must leave attention; None = none."""
 
-    def __call__(self, query: Tensor, key: Tensor, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, query: Tensor, key: Tensor, hidden_states: Tensor, position: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
         """Decides for every token.
 
         Args:
             query: (B, H, T, D) before rotary embedding.
             key: (B, K, T, D) before rotary embedding.
             hidden_states: (B, T, E), input of the attention layer.
+            position: of the dial (`core.dial`); without a dial it means nothing.
 
         Returns:
             Merge logits (B, K, T) and omega (B, K, T) > 0, both float32.
@@ -72,6 +75,11 @@ class LearnedPolicy(Protocol):
     @property
     def kv_heads(self) -> int | None:
         """Kv heads left after mean pooling; None = all."""
+        ...
+
+    @property
+    def max_cr(self) -> float | None:
+        """Largest ratio of a dial; None = `cr` alone."""
         ...
 
     def build_decision(self, hidden_size: int, num_kv_heads: int, head_dim: int) -> nn.Module:

@@ -8,12 +8,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from cachefold.core.dial import NEVER
+
 NEURON_OFFSET = 5.0
 """c of the paper: at the start sigmoid(-c) = 0.0067 merges, sigmoid(c) = 0.9933 weighs."""
 OMEGA_EPS = torch.finfo(torch.bfloat16).eps
 LINEAR_SCALE = 10.0
 """Factor on the projection, so that a small learning rate moves decisions fast."""
 LINEAR_ALPHA_BIAS = -4.0
+DIAL_SLOPE = 2.5
+"""Merge logits per position of the dial before training; decisions are spread over several."""
 KEEP_LOGIT = -1e4
 """So far below 0 that no noise of training merges."""
 
@@ -27,6 +31,7 @@ class LinearDecision(nn.Module):
         hidden_size: of the layer input.
         num_kv_heads: K.
         weighs: whether there are importance logits; without, omega is 1.
+        dial: whether merge logits move with the position of a dial, each head by a learned slope.
 
     >>> logits, omega = LinearDecision(4, 1)(
     ...     torch.ones(1, 1, 1, 2), torch.ones(1, 1, 1, 2), torch.ones(1, 1, 4))
@@ -36,24 +41,38 @@ class LinearDecision(nn.Module):
 
     neuron = None
 
-    def __init__(self, hidden_size: int, num_kv_heads: int, weighs: bool = True) -> None:
+    def __init__(
+        self, hidden_size: int, num_kv_heads: int, weighs: bool = True, dial: bool = False
+    ) -> None:
         super().__init__()
         rows = 2 * num_kv_heads if weighs else num_kv_heads
         self.weight = nn.Parameter(torch.zeros(rows, hidden_size))
         bias = torch.zeros(rows)
         bias[:num_kv_heads] = LINEAR_ALPHA_BIAS / LINEAR_SCALE
         self.bias = nn.Parameter(bias)
+        slope = torch.full((num_kv_heads,), DIAL_SLOPE / LINEAR_SCALE)
+        self.slope = nn.Parameter(slope) if dial else None
         self.weighs = weighs
 
-    def forward(self, query: Tensor, key: Tensor, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, query: Tensor, key: Tensor, hidden_states: Tensor, position: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
         """Decides; see `policies.base.Decision`. Omega is in [eps, 1]."""
         if torch.is_autocast_enabled(hidden_states.device.type):
             with torch.autocast(hidden_states.device.type, enabled=False):
-                return self._decide(hidden_states)
-        return self._decide(hidden_states)  # entering a context costs more than the projection
+                return self._decide(hidden_states, position)
+        return self._decide(
+            hidden_states, position
+        )  # entering a context costs more than the projection
 
-    def _decide(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        logits = nn.functional.linear(hidden_states.float(), self.weight.float(), self.bias.float())
+    def _decide(self, hidden_states: Tensor, position: float = 0.0) -> tuple[Tensor, Tensor]:
+        bias = self.bias.float()
+        if self.slope is not None:
+            heads = self.slope.shape[0]
+            # At a ratio of 1 nothing merges, whatever slope a head learned.
+            shift = self.slope.float() * position if position > NEVER else NEVER
+            bias = torch.cat([bias[:heads] + shift, bias[heads:]])
+        logits = nn.functional.linear(hidden_states.float(), self.weight.float(), bias)
         logits = (logits * LINEAR_SCALE).transpose(1, 2)
         if not self.weighs:
             return logits, torch.ones_like(logits)
@@ -70,7 +89,9 @@ class KeepDecision(nn.Module):
 
     neuron = None
 
-    def forward(self, query: Tensor, key: Tensor, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, query: Tensor, key: Tensor, hidden_states: Tensor, position: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
         """Decides; see `policies.base.Decision`."""
         logits = torch.full(key.shape[:3], KEEP_LOGIT, device=key.device)
         return logits, torch.ones_like(logits)
@@ -83,7 +104,9 @@ class NeuronDecision(nn.Module):
         super().__init__()
         self.neuron = neuron
 
-    def forward(self, query: Tensor, key: Tensor, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, query: Tensor, key: Tensor, hidden_states: Tensor, position: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
         """Decides; see `policies.base.Decision`. Omega is in (eps, 1 + eps), as in the paper."""
         merge = key[..., self.neuron].float() - NEURON_OFFSET
         channel = query[..., self.neuron].float().unflatten(1, (key.shape[1], -1)).mean(2)

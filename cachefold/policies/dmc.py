@@ -15,6 +15,7 @@ from cachefold.policies.options import (
     check_delay,
     check_index,
     check_kv_heads,
+    check_max_cr,
     check_window,
 )
 
@@ -44,6 +45,8 @@ class DMC:
     """Channel of q and k that decides, for `neuron`: the released code uses the last."""
     kv_heads: int | None = None
     """kv heads left after mean pooling (GQA), which `cr` does not count; None = all."""
+    max_cr: float | None = None
+    """Largest ratio of a dial, one model for every ratio from 1 to it; None = `cr` alone."""
 
     def __post_init__(self) -> None:
         """Checks values."""
@@ -54,6 +57,9 @@ class DMC:
         check_choice("decision", self.decision, ("linear", "neuron"))
         check_choice("per", self.per, ("head", "layer"))
         check_kv_heads(self.kv_heads)
+        check_max_cr(self.cr, self.max_cr)
+        if self.max_cr is not None and self.decision == "neuron":
+            raise ValueError("a dial (max_cr) needs decision linear; neuron has nothing to move")
 
     def build_decision(self, hidden_size: int, num_kv_heads: int, head_dim: int) -> nn.Module:
         """Makes the decision module of one attention layer.
@@ -62,7 +68,7 @@ class DMC:
             ValueError: the neuron is beyond the head dim.
         """
         if self.decision != "neuron":
-            return LinearDecision(hidden_size, num_kv_heads)
+            return LinearDecision(hidden_size, num_kv_heads, dial=self.max_cr is not None)
         if not -head_dim <= self.neuron < head_dim:
             raise ValueError(
                 f"neuron {self.neuron} doesn't exist: the heads have {head_dim} channels, "

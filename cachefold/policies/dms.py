@@ -9,7 +9,13 @@ from torch import Tensor, nn
 
 from cachefold.policies.base import register
 from cachefold.policies.decisions import LinearDecision, share_in_layer
-from cachefold.policies.options import check_choice, check_cr, check_delay, check_kv_heads
+from cachefold.policies.options import (
+    check_choice,
+    check_cr,
+    check_delay,
+    check_kv_heads,
+    check_max_cr,
+)
 
 
 @register("dms")
@@ -37,6 +43,8 @@ class DMS:
     """`head` = each kv head decides; `layer` = one decision per layer."""
     kv_heads: int | None = None
     """kv heads left after mean pooling (GQA), which `cr` does not count; None = all."""
+    max_cr: float | None = None
+    """Largest ratio of a dial, one model for every ratio from 1 to it; None = `cr` alone."""
 
     def __post_init__(self) -> None:
         """Checks values."""
@@ -44,10 +52,12 @@ class DMS:
         check_delay(self.delay)
         check_choice("per", self.per, ("head", "layer"))
         check_kv_heads(self.kv_heads)
+        check_max_cr(self.cr, self.max_cr)
 
     def build_decision(self, hidden_size: int, num_kv_heads: int, head_dim: int) -> nn.Module:
         """Makes the decision module of one attention layer; there is nothing to weigh."""
-        return LinearDecision(hidden_size, num_kv_heads, weighs=False)
+        dial = self.max_cr is not None
+        return LinearDecision(hidden_size, num_kv_heads, weighs=False, dial=dial)
 
     def share(self, logits: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
         """Applies `per`; see `DMC.share`."""

@@ -28,6 +28,7 @@ class Full:
     per: ClassVar[str] = "head"
     neuron: ClassVar[int] = -1
     kv_heads: ClassVar[int | None] = None
+    max_cr: ClassVar[float | None] = None
 
     def build_decision(self, hidden_size: int, num_kv_heads: int, head_dim: int) -> nn.Module:
         """Makes a module without parameters that never merges."""

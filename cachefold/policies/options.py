@@ -24,6 +24,24 @@ def check_cr(cr: Any) -> None:
         )
 
 
+def check_max_cr(cr: Any, max_cr: Any) -> None:
+    """Refuses anything but the largest ratio of a dial, or None.
+
+    Raises:
+        ValueError: not a ratio above 1, or below `cr`.
+
+    >>> check_max_cr(2, 8)
+    """
+    if max_cr is None:
+        return
+    check_cr(max_cr)
+    if max_cr <= 1 or max_cr < cr:
+        raise ValueError(
+            f"max_cr is the largest ratio a dial is trained for, above 1 and at least cr={cr}, "
+            f"the one it serves unless told; got {max_cr!r}. null trains for cr alone"
+        )
+
+
 def check_delay(delay: Any) -> None:
     """Refuses anything but a number of exact tokens.
 

@@ -65,8 +65,11 @@ class TrainConfig:
     """Weight of the cross entropy with the text."""
     compression_weight: float = 5.0
     """Weight of the one-sided compression loss."""
+    ramp_from: float = 1.0
+    """Ratio at which the ramp starts; that of `init` where there is one."""
     ramp_fraction: float = 0.6
-    """Part of the steps after the zero-out over which the target rises from 1 to `policy.cr`."""
+    """Part of the steps after the zero-out over which the target rises from `ramp_from` to
+    `policy.cr`, or the range of a dial to `policy.max_cr`."""
     solidify_fraction: float = 0.3
     """Last part of these steps, in which the learning rate falls to a tenth along a cosine."""
     zero_out_steps: int = 0
@@ -107,6 +110,8 @@ class RetrofitConfig:
     """Zoo name, hub id or folder of the model to fold."""
     output_dir: str
     """Folder for checkpoints, log and result."""
+    init: str | None = None
+    """Folder of an artefact to start from, of the same base, kind of policy and LoRA rank."""
     policy: dict[str, Any] = field(default_factory=lambda: {"name": "dmc"})
     """Policy name and its options, such as `{name: dmc, cr: 2, delay: 16}`."""
     data: DataConfig = field(default_factory=DataConfig)

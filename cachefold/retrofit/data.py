@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from cachefold.core.dial import DEFAULT_PRESET
 from cachefold.retrofit.config import DataConfig
-from cachefold.text import Row, TextError, pack_rows, read_file
+from cachefold.text import Row, TextError, evenly_spaced, pack_rows, read_file
 
 _ADVICE = {
     "files": "check data.files",
@@ -18,6 +19,12 @@ _ADVICE = {
     "empty": "check data.files and data.text_field",
     "length": "add text or lower data.seq_len",
 }
+
+
+PRESETS = ("chat", "code")
+"""Kinds of text that a dial is calibrated for on their own."""
+CALIBRATION_TOKENS, CALIBRATION_TEXTS = 1024, 6
+"""Tokens of a text at which a dial's ratio is meant, and texts of each preset."""
 
 
 class PackedDataset(Dataset[dict[str, Tensor]]):
@@ -65,6 +72,36 @@ def load_blocks(data: DataConfig, tokenizer: Any) -> Tensor:
         return pack_rows(_rows(data), tokenizer, data.seq_len, data.text_field)
     except TextError as error:
         raise ValueError(f"training data: {error}; {_ADVICE[error.about]}") from error
+
+
+def preset_texts(data: DataConfig, tokenizer: Any) -> dict[str, Tensor]:
+    """Takes text to calibrate a dial with, by preset: the `kind` of rows that have one.
+
+    Args:
+        data: where the text is.
+        tokenizer: a Hugging Face tokenizer.
+
+    Returns:
+        For `chat` and `code`, where there are such rows, and `bulk`, all others: up to
+        `CALIBRATION_TEXTS` evenly spaced texts (M, `CALIBRATION_TOKENS`) int64. All rows are
+        `bulk` where none is of another kind.
+
+    Raises:
+        ValueError: as `load_blocks`.
+    """
+    rows: dict[str, list[Row]] = {}
+    for row in _rows(data):
+        kind = row[1].get("kind")
+        rows.setdefault(kind if kind in PRESETS else DEFAULT_PRESET, []).append(row)
+    rows.setdefault(DEFAULT_PRESET, [row for part in rows.values() for row in part])
+    try:
+        blocks = {
+            name: pack_rows(part, tokenizer, CALIBRATION_TOKENS, data.text_field)
+            for name, part in sorted(rows.items())
+        }
+    except TextError as error:
+        raise ValueError(f"calibration: {error}; {_ADVICE[error.about]}") from error
+    return {name: evenly_spaced(part, CALIBRATION_TEXTS) for name, part in blocks.items()}
 
 
 def split_held_out(blocks: Tensor, held_out: int) -> tuple[Tensor, Tensor]:

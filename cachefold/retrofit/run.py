@@ -17,12 +17,14 @@ from transformers import PreTrainedModel
 
 from cachefold.core.accounting import compression_ratio, count_entries, entries_kept
 from cachefold.core.decisions import Decisions
+from cachefold.models.dial import calibrate, has_dial, turn_dial
 from cachefold.models.fold import FoldRun, fold
-from cachefold.models.hub import load_trainable_state, save_folded, trainable_state
+from cachefold.models.hub import WEIGHTS as ARTEFACT
+from cachefold.models.hub import load_trainable_state, read_config, save_folded, trainable_state
 from cachefold.models.lora import add_lora
 from cachefold.retrofit.checkpoint import RECIPE, WEIGHTS, check_finite, check_output, claim_output
 from cachefold.retrofit.config import RetrofitConfig
-from cachefold.retrofit.data import PackedDataset, load_blocks, split_held_out
+from cachefold.retrofit.data import PackedDataset, load_blocks, preset_texts, split_held_out
 from cachefold.retrofit.reporting import LOG
 from cachefold.retrofit.trainer import RetrofitTrainer
 from cachefold.zoo import base_revision, load_base
@@ -69,7 +71,7 @@ def run_retrofit(
         trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         trainer.report.close()
-    return {**facts, **finish(model, config, held_out, facts["tokens"])}
+    return {**facts, **finish(model, tokenizer, config, held_out, facts["tokens"])}
 
 
 def _size(config: RetrofitConfig, model: PreTrainedModel, sequences: int) -> dict[str, Any]:
@@ -145,18 +147,46 @@ def prepare(model: PreTrainedModel, config: RetrofitConfig) -> PreTrainedModel |
         with torch.random.fork_rng():
             torch.manual_seed(config.train.seed)
             add_lora(model, config.train.lora_rank)
+    if config.init is not None:
+        start_from(model, config)
     return teacher
 
 
+def start_from(model: PreTrainedModel, config: RetrofitConfig) -> None:
+    """Copies the weights of the artefact `config.init` into a prepared model.
+
+    Only a dial may be new: its slopes then start at their default.
+
+    Raises:
+        ValueError: no artefact there, or one of another base, policy or LoRA rank.
+    """
+    assert config.init is not None
+    artefact = read_config(config.init)
+    policy = config.build_policy()
+    found = (artefact["base"].get("id"), artefact["policy"]["name"], artefact["lora_rank"])
+    wanted = (config.model, policy.name, config.train.lora_rank)
+    if found != wanted:
+        raise ValueError(
+            f"init {config.init} has base {found[0]}, policy {found[1]} and LoRA rank {found[2]}; "
+            f"the recipe asks for {wanted[0]}, {wanted[1]} and {wanted[2]}"
+        )
+    had_dial = artefact["policy"].get("max_cr") is not None
+    fresh = () if had_dial or policy.max_cr is None else (".decision.slope",)
+    load_trainable_state(model, Path(config.init) / ARTEFACT, fresh=fresh)
+
+
 def finish(
-    model: PreTrainedModel, config: RetrofitConfig, held_out: Tensor, tokens: int
+    model: PreTrainedModel, tokenizer: Any, config: RetrofitConfig, held_out: Tensor, tokens: int
 ) -> dict[str, Any]:
-    """Measures on held-out text and writes the artefact, its map, recipe and log.
+    """Calibrates a dial, measures on held-out text, writes artefact, map, recipe and log.
 
     Raises:
         RetrofitDivergedError: a weight is not finite; nothing is written.
     """
     check_finite(trainable_state(model), config.steps)
+    if has_dial(config.build_policy()):
+        print("calibrating the dial", flush=True)
+        turn_dial(model, calibrate(model.train(False), preset_texts(config.data, tokenizer)))
     result = measure(model, held_out, config)
     output = Path(config.output_dir)
     folder = output / FINAL

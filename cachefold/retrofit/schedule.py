@@ -6,11 +6,14 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from cachefold.core.dial import nominal_position, ratio_of_step
 from cachefold.core.schedule import target_alpha, target_cr, zero_out_factor
 from cachefold.retrofit.config import RetrofitConfig, TrainConfig
 
 FINAL_LEARNING_RATE = 0.1
 """Of the full learning rate, reached at the last step."""
+LEAST_RATIO = 1.5
+"""Least ratio a dial is trained for; below it merging costs next to nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +48,20 @@ class RetrofitSchedule:
         return "retrofit" if step < self.steps - self._solidify_steps else "solidify"
 
     def target(self, step: int) -> float:
-        """Ratio asked for at a step: the ramp to `policy.cr`.
+        """Ratio asked for at a step: the ramp to `policy.cr`, or a ratio of the dial's range.
 
         The one-sided loss counts per sample, so the mean over samples ends up some 10 % above.
         """
-        length = round(self.train.ramp_fraction * self._after_zero_out)
+        length = max(round(self.train.ramp_fraction * self._after_zero_out), 1)
         step = max(0, step - self.train.zero_out_steps)
-        return target_cr(step, max(length, 1), self.policy.cr)
+        if self.policy.max_cr is None:
+            return target_cr(step, length, self.policy.cr, self.train.ramp_from)
+        most = target_cr(step, length, self.policy.max_cr, self.train.ramp_from)
+        return ratio_of_step(step, min(LEAST_RATIO, most), most)
+
+    def position(self, step: int) -> float:
+        """Position of the dial at a step."""
+        return nominal_position(self.target(step))
 
     def mean_alpha(self, step: int) -> float:
         """Mean merge decision aimed for at a step."""

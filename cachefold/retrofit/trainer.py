@@ -165,7 +165,7 @@ class RetrofitTrainer(CheckpointTrainer):
             return FoldRun(mode="append", zero_out=factor, recorder=decisions)
         return FoldRun(
             mode="relaxed", temperature=train.temperature, relaxation=train.relaxation,
-            recorder=decisions,
+            position=self.schedule.position(step), recorder=decisions,
         )  # fmt: skip
 
     def _hidden(self, model: nn.Module, ids: Tensor, run: FoldRun) -> Tensor:

@@ -103,7 +103,7 @@ def test_final_artefact_is_checked_on_its_own(workspace: Path) -> None:
     with torch.no_grad():
         model.model.layers[0].self_attn.decision.bias[0] = float("nan")
     with pytest.raises(RetrofitDivergedError, match="decision.bias is not finite after step 3"):
-        finish(model, config, torch.zeros(1, 48).long(), 100)
+        finish(model, None, config, torch.zeros(1, 48).long(), 100)
     assert not (workspace / "inf-final").exists()
 
 

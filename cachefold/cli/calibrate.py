@@ -1,0 +1,35 @@
+"""`cachefold calibrate`: teach a dial which ratio it reaches on a kind of text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cachefold.core.dial import DEFAULT_PRESET
+
+
+def run(
+    artefact: Annotated[Path, typer.Argument(help="Folder of an artefact with a dial.")],
+    files: Annotated[list[Path], typer.Argument(help="Text of the kind: .jsonl, .txt, also .gz.")],
+    preset: Annotated[str, typer.Option(help="Name for the kind of text.")] = DEFAULT_PRESET,
+    tokens: Annotated[
+        int, typer.Option(min=64, help="Tokens of a text, at which a ratio is meant.")
+    ] = 1024,
+    texts: Annotated[int, typer.Option(min=1, help="Most texts; evenly spaced ones.")] = 8,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+) -> None:
+    """Measure a dial on your own text and keep the result in the artefact as a preset."""
+    from cachefold.cli._artefact import find, load_artefact
+    from cachefold.models.dial import calibrate
+    from cachefold.models.hub import update_config
+    from cachefold.text import evenly_spaced, load_blocks
+
+    loaded = load_artefact(artefact, dtype)
+    blocks = evenly_spaced(load_blocks(files, loaded.tokenizer, tokens), texts)
+    table = calibrate(loaded.model, {preset: blocks})[preset]
+    update_config(find(artefact), {"dial": loaded.config.get("dial", {}) | {preset: table}})
+    print(f"preset {preset}, {len(blocks)} texts of {tokens} tokens, written to {artefact}")
+    for ratio, position in table:
+        print(f"position {position:+.1f}  cr {ratio:.2f}")

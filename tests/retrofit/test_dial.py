@@ -1,0 +1,95 @@
+"""Retrofits of a dial, and those that start from an artefact."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from cachefold.models.hub import load_folded, read_config
+from cachefold.retrofit.config import from_dict
+from cachefold.retrofit.data import preset_texts
+from cachefold.retrofit.run import load_model, prepare, run_retrofit
+from cachefold.retrofit.schedule import RetrofitSchedule
+from cachefold.zoo import load_base
+from tests.retrofit.tiny import WORDS, make_tokenizer, recipe
+
+DIAL = {"name": "dmc", "cr": 2, "max_cr": 6, "delay": 4}
+
+
+@pytest.fixture(scope="module")
+def fixed(workspace: Path) -> Path:
+    """An artefact for cr 2."""
+    return Path(run_retrofit(from_dict(recipe(workspace, "fixed", 30)))["folder"])
+
+
+def dial_recipe(workspace: Path, output: str, init: Path | None, steps: int = 60, **train) -> dict:
+    values = recipe(workspace, output, steps, **train)
+    values["policy"] = dict(DIAL)
+    values["init"] = None if init is None else str(init)
+    return values
+
+
+def test_a_run_starts_from_the_weights_of_an_artefact(workspace: Path, fixed: Path) -> None:
+    config = from_dict(dial_recipe(workspace, "unused", fixed))
+    model, _ = load_model(config)
+    prepare(model, config)
+    with torch.no_grad():
+        found = dict(model.named_parameters())
+        kept = load_folded(fixed, load_base(str(workspace / "model"), torch.float32)[0])
+        for name, parameter in kept.named_parameters():
+            assert torch.equal(found[name], parameter), name
+    assert all(found[name].gt(0).all() for name in found if name.endswith("decision.slope"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"policy": {"name": "dms", "cr": 2, "delay": 4}}, "asks for .*dms"),
+        ({"train": {"lora_rank": 4}}, "LoRA rank 8"),
+        ({"init": "nowhere"}, "no cachefold artefact"),
+    ],
+)
+def test_an_artefact_of_another_kind_is_refused(
+    workspace: Path, fixed: Path, change: dict, message: str
+) -> None:
+    values = dial_recipe(workspace, "refused", fixed)
+    for key, value in change.items():
+        values[key] = {**values[key], **value} if key == "train" else value
+    with pytest.raises(ValueError, match=message):
+        run_retrofit(from_dict(values))
+    assert not (workspace / "refused").exists()
+
+
+def test_targets_of_a_dial_fill_a_range_that_grows() -> None:
+    values = {"model": "m", "output_dir": "o", "policy": DIAL, "train": {"ramp_from": 2}}
+    schedule = RetrofitSchedule.of(from_dict(values))
+    early = [schedule.target(step) for step in range(20)]
+    late = [schedule.target(step) for step in range(700, 760)]
+    assert 1.5 <= min(early) and max(early) < 2.2
+    assert min(late) < 1.6 and max(late) > 5.7
+    fixed = RetrofitSchedule.of(from_dict({**values, "policy": {"name": "dmc", "cr": 4}}))
+    assert fixed.target(0) == 2 and fixed.target(897) == 4
+
+
+def test_a_dial_is_trained_calibrated_and_saved(workspace: Path, fixed: Path) -> None:
+    values = dial_recipe(workspace, "dial", fixed, ramp_from=2, ramp_fraction=0.3)
+    rows = [{"text": " ".join(WORDS) * 40, "kind": kind} for kind in ("chat", "books", "code")]
+    text = workspace / "kinds.jsonl"
+    text.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values["data"]["files"].append(str(text))
+    folder = Path(run_retrofit(from_dict(values))["folder"])
+    config = read_config(folder)
+    assert set(config["dial"]) == {"bulk", "chat", "code"}
+    for table in config["dial"].values():
+        assert table == sorted(table) and len(table) >= 2
+    model = load_folded(folder, load_base(str(workspace / "model"), torch.float32)[0], cr=3)
+    assert model.config.cachefold["cr"] == 3
+
+
+def test_rows_without_a_kind_are_bulk(workspace: Path) -> None:
+    data = from_dict(recipe(workspace)).data
+    texts = preset_texts(data, make_tokenizer())
+    assert list(texts) == ["bulk"] and texts["bulk"].shape[1] == 1024
