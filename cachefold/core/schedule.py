@@ -48,12 +48,14 @@ def target_alpha(cr: float, tokens: int, delay: int = 0) -> float:
     return min(0.99, 1.0 - max(tokens / cr - delay, 0.0) / folded_tokens)
 
 
-def compression_loss(mean_alpha: Tensor, target: float) -> Tensor:
-    """One-sided loss max(0, target - mean alpha), dimensionless.
+def compression_loss(mean_alpha: Tensor, target: float, *, exact: bool = False) -> Tensor:
+    """One-sided loss max(0, target - mean alpha), dimensionless; or |target - mean alpha|.
 
     Args:
         mean_alpha: (B,) mean of alpha over layers, heads and tokens.
         target: mean alpha asked for, in [0, 1).
+        exact: whether merging more than asked costs as well. A dial needs that: its low ratios
+            would follow the high ones up, as distillation alone pulls them back slowly.
 
     Returns:
         Scalar, the mean over the batch.
@@ -62,4 +64,5 @@ def compression_loss(mean_alpha: Tensor, target: float) -> Tensor:
     >>> round(compression_loss(torch.tensor([0.25, 0.75]), 0.5).item(), 3)
     0.125
     """
-    return (target - mean_alpha).clamp(min=0.0).mean()
+    missing = target - mean_alpha
+    return (missing.abs() if exact else missing.clamp(min=0.0)).mean()

@@ -16,8 +16,8 @@ OMEGA_EPS = torch.finfo(torch.bfloat16).eps
 LINEAR_SCALE = 10.0
 """Factor on the projection, so that a small learning rate moves decisions fast."""
 LINEAR_ALPHA_BIAS = -4.0
-DIAL_SLOPE = 2.5
-"""Merge logits per position of the dial before training; decisions are spread over several."""
+DIAL_SLOPE = 7.0
+"""Merge logits per position of the dial before training: trained logits are spread over tens."""
 KEEP_LOGIT = -1e4
 """So far below 0 that no noise of training merges."""
 

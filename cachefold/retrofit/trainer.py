@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PrinterCallback
 from cachefold.core.accounting import compression_ratio, count_entries
 from cachefold.core.decisions import Decisions, constrain
 from cachefold.core.schedule import compression_loss
+from cachefold.models.dial import has_dial
 from cachefold.models.fold import FoldRun, zero_decision_neurons
 from cachefold.models.lora import adapters_disabled, lora_rank
 from cachefold.retrofit.arguments import (
@@ -148,7 +149,8 @@ class RetrofitTrainer(CheckpointTrainer):
             student = self._hidden(model, ids, self._student_run(step, decisions))
         distillation, kd, ce = self._distil(student, target, ids)
         alpha = torch.stack([d.alpha.mean((1, 2)) for d in decisions.values()]).mean(0)
-        compression = compression_loss(alpha, self.schedule.mean_alpha(step))
+        dial = has_dial(self.schedule.policy)
+        compression = compression_loss(alpha, self.schedule.mean_alpha(step), exact=dial)
         loss = distillation + self.recipe.train.compression_weight * compression
         if not torch.isfinite(loss):
             raise RetrofitDivergedError(

@@ -74,3 +74,8 @@ def test_target_alpha_reaches_the_asked_ratio_with_the_ring(delay):
 def test_compression_loss_is_one_sided():
     assert compression_loss(torch.tensor([0.9, 0.7]), 0.5).item() == 0
     assert compression_loss(torch.tensor([0.1, 0.3]), 0.5).item() == pytest.approx(0.3)
+
+
+def test_compression_loss_of_a_dial_has_two_sides():
+    both = compression_loss(torch.tensor([0.9, 0.3]), 0.5, exact=True)
+    assert both.item() == pytest.approx(0.3)

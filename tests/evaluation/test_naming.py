@@ -51,6 +51,23 @@ def test_a_codec_for_a_policy_that_evicts_is_refused(word: str, codecs: tuple) -
         parse_methods([word], Naming(base="b", codecs=codecs))
 
 
+def test_a_dial_is_a_method_at_every_ratio(tmp_path: Path) -> None:
+    shipped = tmp_path / "artefacts"
+    dial = artefact(shipped, "b-dial", "dmc", cr=4, max_cr=8)
+    two = artefact(shipped, "b-cr2", "dmc", cr=2)
+    folders = {"folders": (shipped,), "crs": (2.0, 5.5)}
+    found = parse_methods(["dmc", f"{dial}+int4"], Naming(base="b", **folders))[1:]
+    # By name the artefact made for a ratio comes first, and a dial serves the others.
+    assert [(m.name, m.artefact, m.dial, m.cr) for m in found] == [
+        ("dmc-cr2", two, False, 2.0), ("dmc-cr5.5", dial, True, 5.5),
+        ("b-dial-cr2+int4", dial, True, 2.0), ("b-dial-cr5.5+int4", dial, True, 5.5),
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="serves cr from 1 to 8; got 9"):
+        names(str(dial), crs=(2.0, 9.0))
+    with pytest.raises(ValueError, match=r"no artefact of it at cr 9 .*\(there: cr 2, 8\)"):
+        names("dmc", folders=(shipped,), crs=(9.0,))
+
+
 def test_artefacts_by_name(tmp_path: Path) -> None:
     shipped, runs = tmp_path / "artefacts", tmp_path / "runs"
     two = artefact(shipped, "b-dms-cr2", "dms", cr=2)

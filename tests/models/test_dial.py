@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cachefold import DMC, TOVA, DMS, fold
+from cachefold import DMC, DMS, TOVA, fold
 from cachefold.cache import FoldedCache
 from cachefold.core.decisions import Decisions
 from cachefold.models.dial import calibrate, reached_counts, turn_dial

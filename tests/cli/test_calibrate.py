@@ -1,0 +1,61 @@
+"""`cachefold calibrate`, and `--cr` of the verbs that run a dial."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cachefold.models.fold import fold
+from cachefold.models.hub import read_config, save_folded
+from cachefold.policies import DMC
+from tests.cli.conftest import Run
+from tests.models.tiny import scramble_decisions, tiny_model
+
+
+@pytest.fixture
+def dial(folder: Path, tmp_path: Path) -> Path:
+    model = fold(tiny_model(eos_token_id=0, bos_token_id=None), DMC(cr=2, max_cr=8, delay=4))
+    scramble_decisions(model)
+    for layer in model.model.layers:
+        layer.self_attn.decision.slope.data.fill_(0.3)
+    base = {"id": str(folder / "base"), "revision": "local"}
+    return save_folded(model, tmp_path / "dial", base=base)
+
+
+def test_calibrate_writes_a_preset(cli: Run, folder: Path, dial: Path) -> None:
+    files = sorted((folder / "data").iterdir())
+    result = cli(
+        "calibrate", dial, *files, "--preset", "code", "--tokens", 64, "--dtype", "float32"
+    )
+    assert result.exit_code == 0, result.output
+    assert "preset code" in result.output
+    table = read_config(dial)["dial"]["code"]
+    assert table == sorted(table) and len(table) >= 2
+    result = cli("calibrate", dial, *files, "--tokens", 64, "--dtype", "float32")
+    assert set(read_config(dial)["dial"]) == {"code", "bulk"}
+
+
+def test_calibrate_refuses_what_has_no_dial(cli: Run, folder: Path) -> None:
+    before = (folder / "artefact" / "cachefold.json").read_text()
+    result = cli("calibrate", folder / "artefact", folder / "data" / "one.jsonl", "--tokens", 64)
+    assert "no dial to calibrate" in result.stderr
+    assert (folder / "artefact" / "cachefold.json").read_text() == before
+
+
+def test_generate_and_explain_take_a_ratio(cli: Run, folder: Path, dial: Path) -> None:
+    prompt = " ".join(["w1 w2 w3"] * 20)
+    kept = []
+    for cr in (1, 8):
+        options = ("--artefact", dial, "--cr", cr, "--max-new-tokens", 4, "--dtype", "float32")
+        result = cli("generate", "--prompt", prompt, *options)
+        assert result.exit_code == 0, result.output
+        kept.append(result.output.split("cr ")[-1].split(" ")[0])
+    assert kept[0] == "1.00" and float(kept[1]) > 1.5
+    assert (
+        "merge" not in cli("explain", prompt, "--artefact", dial, "--cr", 1).output.split("\n\n")[0]
+    )
+    result = cli("generate", "--prompt", prompt, "--artefact", dial, "--preset", "codes")
+    assert "unknown preset 'codes'" in result.stderr
+    result = cli("generate", "--prompt", prompt, "--artefact", folder / "artefact", "--cr", 4)
+    assert "this model has none" in result.stderr
