@@ -52,9 +52,11 @@ def test_generate_and_explain_take_a_ratio(cli: Run, folder: Path, dial: Path) -
         assert result.exit_code == 0, result.output
         kept.append(result.output.split("cr ")[-1].split(" ")[0])
     assert kept[0] == "1.00" and float(kept[1]) > 1.5
-    assert (
-        "merge" not in cli("explain", prompt, "--artefact", dial, "--cr", 1).output.split("\n\n")[0]
-    )
+    tables = [
+        cli("explain", prompt, "--artefact", dial, "--cr", cr).output.split("\n\n")[0]
+        for cr in (1, 8)
+    ]
+    assert "merge" not in tables[0] and "merge" in tables[1]
     result = cli("generate", "--prompt", prompt, "--artefact", dial, "--preset", "codes")
     assert "unknown preset 'codes'" in result.stderr
     result = cli("generate", "--prompt", prompt, "--artefact", folder / "artefact", "--cr", 4)
