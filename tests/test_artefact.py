@@ -18,7 +18,7 @@ ARTEFACT = ROOT / "artefacts" / "smollm2-135m-cr2"
 
 
 def test_the_recorded_measurement_holds_what_is_promised():
-    recorded = json.loads((ARTEFACT / "heldout.json").read_text())
+    (recorded,) = json.loads((ARTEFACT / "heldout.json").read_text())
     assert recorded["tokens"] == 1024 and len(recorded["files"]) == 6
     assert min(file["cr"] for file in recorded["files"]) >= 1.9
     assert recorded["mean_increase"] <= 0.05
@@ -28,7 +28,7 @@ def test_the_recorded_measurement_holds_what_is_promised():
 
 @pytest.mark.parametrize("name", ["wikipedia"])
 def test_a_piece_measured_anew_agrees(name):
-    recorded = json.loads((ARTEFACT / "heldout.json").read_text())
+    (recorded,) = json.loads((ARTEFACT / "heldout.json").read_text())
     (file,) = (file for file in recorded["files"] if file["name"] == name)
     model, tokenizer = load_base(read_config(ARTEFACT)["base"]["id"])
     load_folded(ARTEFACT, model)

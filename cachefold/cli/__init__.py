@@ -13,7 +13,18 @@ from typer.core import TyperGroup
 from cachefold import __version__
 from cachefold.core.names import closest
 
-VERBS = ("retrofit", "calibrate", "generate", "explain", "eval", "bench", "demo", "ls", "env")
+VERBS = (
+    "retrofit",
+    "calibrate",
+    "reproduce",
+    "generate",
+    "explain",
+    "eval",
+    "bench",
+    "demo",
+    "ls",
+    "env",
+)
 """Verbs in the order of the help; each is the function `run` of a module of this package."""
 
 

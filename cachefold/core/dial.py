@@ -53,16 +53,18 @@ class Dial:
     tables: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=dict)
     """For each preset, (ratio reached, position) pairs, two or more, rising in both; empty = not
     calibrated, and positions are nominal."""
+    preset: str = DEFAULT_PRESET
+    """The one meant where none is named."""
 
     def table(self, preset: str | None) -> Sequence[tuple[float, float]]:
-        """The pairs of a preset, of `DEFAULT_PRESET` for None; none where nothing is calibrated.
+        """The pairs of a preset (None = the usual one); none where nothing is calibrated.
 
         Raises:
             ValueError: not calibrated for this preset.
         """
-        if preset is None and not self.tables:
+        if not self.tables and (preset or self.preset) == DEFAULT_PRESET:
             return ()
-        name = DEFAULT_PRESET if preset is None else preset
+        name = preset or self.preset
         if name not in self.tables:
             known = ", ".join(self.tables) or "none; run `cachefold calibrate`"
             raise ValueError(

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from cachefold.cache import FoldedCache
 from cachefold.core.accounting import compression_ratio, count_entries
 from cachefold.core.decisions import Decisions
-from cachefold.core.dial import Dial
+from cachefold.core.dial import DEFAULT_PRESET, Dial
 from cachefold.models.run import FoldRun
 from cachefold.policies.base import Policy
 from cachefold.policies.budget import BudgetPolicy
@@ -74,20 +74,25 @@ def turn_dial(
     model: PreTrainedModel,
     tables: Mapping[str, Sequence[tuple[float, float]]],
     cr: float | None = None,
+    preset: str | None = None,
 ) -> None:
-    """Calibrates the dial of a folded model, and sets its ratio.
+    """Calibrates the dial of a folded model, and sets its ratio and preset.
 
     Args:
         model: folded.
         tables: of `core.dial.Dial`; none for a model without a dial.
         cr: ratio wherever a cache asks for none; None = as it is.
+        preset: kind of text wherever a cache names none; None = `bulk`.
 
     Raises:
-        ValueError: a ratio that the model does not serve; nothing was changed.
+        ValueError: a ratio or preset that the model does not serve; nothing was changed.
     """
+    dial = Dial(tables, preset or DEFAULT_PRESET)
     check_dial(model, cr, None)
+    if preset is not None:
+        dial.table(preset)
     state: Any = model
-    state._cachefold_dial = Dial(tables)
+    state._cachefold_dial = dial
     if cr is not None:
         policy = state._cachefold_policy = replace(state._cachefold_policy, cr=cr)
         model.config.cachefold = policy.to_dict()

@@ -164,7 +164,11 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def load_folded(
-    folder: str | Path, base_model: PreTrainedModel, *, cr: float | None = None
+    folder: str | Path,
+    base_model: PreTrainedModel,
+    *,
+    cr: float | None = None,
+    preset: str | None = None,
 ) -> PreTrainedModel:
     """Folds `base_model` in place with an artefact's policy and weights.
 
@@ -172,6 +176,7 @@ def load_folded(
         folder: an artefact written by `save_folded`.
         base_model: the dense base model, freshly loaded.
         cr: ratio that a dial is set to unless a cache asks for another; None = the policy's own.
+        preset: kind of text meant unless a cache names another; None = `bulk`.
 
     Returns:
         The same model, folded, in eval mode.
@@ -195,7 +200,7 @@ def load_folded(
     trainable = [(parameter, parameter.requires_grad) for parameter in base_model.parameters()]
     fold(base_model, get_policy(**config["policy"]))
     try:
-        turn_dial(base_model, config.get("dial", {}), cr)
+        turn_dial(base_model, config.get("dial", {}), cr, preset)
         if config["lora_rank"]:
             add_lora(base_model, config["lora_rank"])
         load_trainable_state(base_model, Path(folder) / WEIGHTS)

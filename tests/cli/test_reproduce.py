@@ -1,0 +1,70 @@
+"""`cachefold reproduce`: recipe, run, table and what is recorded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.cli.conftest import Run
+from tests.retrofit.tiny import make_workspace, recipe
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a recipe and the artefact it is said to give."""
+    make_workspace(tmp_path)
+    values = recipe(tmp_path, "ignored", steps=8)
+    values["policy"] |= {"max_cr": 4}
+    values["train"]["save_every"] = 4
+    for name in ("recipes", "artefacts/tiny"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "recipes" / "tiny.yaml").write_text(yaml.safe_dump(values))
+    recorded = [{"cr": 2.0, "tokens": 48, "mean_increase": 0.1234}]
+    (tmp_path / "artefacts" / "tiny" / "heldout.json").write_text(json.dumps(recorded))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+SIZE = ("--pieces", 1, "--tokens", 48)
+
+
+def test_it_trains_measures_and_compares(cli: Run, place: Path) -> None:
+    result = cli("reproduce", "tiny", "--cr", "2,3", *SIZE)
+    assert result.exit_code == 0, result.output
+    assert "shipped, cr 2: mean increase +0.1234 as recorded" in result.output
+    folder = place / "runs" / "reproduce" / "tiny"
+    tables = json.loads((folder / "heldout.json").read_text())
+    assert [table["cr"] for table in tables] == [2.0, 3.0]
+    assert all(len(table["files"]) == 6 for table in tables)
+    before = (folder / "final" / "cachefold.json").stat().st_mtime_ns
+    again = cli("reproduce", "tiny", *SIZE)  # trained already: only measured
+    assert again.exit_code == 0, again.output
+    assert (folder / "final" / "cachefold.json").stat().st_mtime_ns == before
+    (folder / "final").rename(place / "artefacts" / "weights")
+    for file in (place / "artefacts" / "weights").iterdir():
+        file.rename(place / "artefacts" / "tiny" / file.name)
+    shipped = cli("reproduce", "tiny", "--shipped", *SIZE, "--out", place / "checked")
+    assert shipped.exit_code == 0, shipped.output
+    assert (place / "checked" / "heldout.json").is_file()
+
+
+def test_an_unfinished_run_goes_on(cli: Run, place: Path) -> None:
+    from cachefold.retrofit.config import load_recipe
+    from cachefold.retrofit.run import run_retrofit
+
+    output = place / "runs" / "reproduce" / "tiny"
+    run_retrofit(load_recipe(place / "recipes" / "tiny.yaml", [f"output_dir={output}"]))
+    (output / "final" / "cachefold.json").unlink()  # cut before the end
+    result = cli("reproduce", "tiny", *SIZE)
+    assert result.exit_code == 0, result.output
+    assert "step 1/" not in result.output
+
+
+def test_unknown_names_and_ratios(cli: Run, place: Path) -> None:
+    result = cli("reproduce", "tny")
+    assert "no shipped retrofit 'tny'" in result.stderr and "tiny" in result.stderr
+    assert "at least 1" in cli("reproduce", "tiny", "--cr", "0.5").stderr
+    assert not (place / "runs").exists()
