@@ -1,0 +1,84 @@
+"""Retrofits that differ from a base recipe in one thing, measured at the same ratios.
+
+python benchmarks/ablations.py                 # all of recipes/ablations/changes.yaml, or go on
+python benchmarks/ablations.py base delay-0    # some
+python benchmarks/ablations.py --table         # Markdown of what is measured so far
+
+Every run is a dial, so that all are compared at exactly the same ratios, calibrated on training
+text. Results are added to a JSON file; runs that are in it are not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers.utils import logging
+
+from cachefold.evaluation.heldout import measure_artefact
+from cachefold.retrofit.config import load_recipe
+from cachefold.retrofit.run import FINAL, run_retrofit
+
+ROOT = Path(__file__).parent.parent
+RECIPES = ROOT / "recipes" / "ablations"
+RESULTS = ROOT / "docs" / "results" / "ablations.json"
+RATIOS = (2.0, 4.0, 8.0)
+
+
+def main() -> None:
+    """Trains and measures what is asked for."""
+    changes: dict[str, list[str]] = yaml.safe_load((RECIPES / "changes.yaml").read_text())
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", choices=[[], *changes], help="all without names")
+    parser.add_argument("--table", action="store_true", help="print what there is, train nothing")
+    parser.add_argument("--pieces", type=int, default=3, help="held-out pieces of each file")
+    arguments = parser.parse_args()
+    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    if arguments.table:
+        print(table(results))
+        return
+    torch.set_flush_denormal(True)
+    logging.disable_progress_bar()
+    for name in arguments.names or changes:
+        if name not in results:
+            results[name] = run(name, changes[name], arguments.pieces)
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    print(table(results))
+
+
+def run(name: str, changes: list[str], pieces: int) -> dict[str, Any]:
+    """One retrofit and its held-out loss at every ratio."""
+    output = Path("runs") / "ablations" / name
+    config = load_recipe(RECIPES / "base.yaml", [f"output_dir={output}", *changes])
+    start = time.monotonic()
+    if not (output / FINAL / "cachefold.json").is_file():
+        run_retrofit(config, resume=(output / "recipe.yaml").is_file())
+    found: dict[str, Any] = {"changes": changes, "minutes": (time.monotonic() - start) / 60}
+    for cr in RATIOS:
+        facts = measure_artefact(output / FINAL, cr=cr, pieces=pieces, progress=print)
+        found[f"{cr:g}"] = {
+            "increase": facts["mean_increase"],
+            "files": {file["name"]: [file["increase"], file["cr"]] for file in facts["files"]},
+        }
+    return found
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown: increase over dense at each ratio, best at the middle one first."""
+    lines = [
+        f"| run | {' | '.join(f'cr {cr:g}' for cr in RATIOS)} |",
+        f"| --- |{' ---: |' * len(RATIOS)}",
+    ]
+    for name in sorted(results, key=lambda name: results[name][f"{RATIOS[1]:g}"]["increase"]):
+        cells = [f"{results[name][f'{cr:g}']['increase']:+.4f}" for cr in RATIOS]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
