@@ -58,19 +58,6 @@ class Decode(NamedTuple):
     pages: int
     table: int
     """(B, K, C) int32"""
-    query_cos: int
-    """(B or 1, R), of a step like all cos and sin"""
-    query_sin: int
-    open_cos: int
-    """(B, R)"""
-    open_sin: int
-    exact_cos: int
-    """(B, N, R)"""
-    exact_sin: int
-    factors: int
-    """(D,) float32, of a step"""
-    turn: int
-    """int64, of a step with a ring: which slot is the oldest; moved on in the end."""
     work: int
     """Scratch of every thread."""
     work_nbytes: int
@@ -83,11 +70,24 @@ class Decode(NamedTuple):
     kv_heads: int
     num_exact: int
     columns: int
-    query_stride: int
-    """Bytes between the cos of one request and the next for the queries; 0 = shared."""
     threads: int
     scaling: int
     """Bits of the float32."""
+    query_cos: int = 0
+    """(B or 1, R), of a step like all cos and sin"""
+    query_sin: int = 0
+    open_cos: int = 0
+    """(B, R)"""
+    open_sin: int = 0
+    exact_cos: int = 0
+    """(B, N, R)"""
+    exact_sin: int = 0
+    factors: int = 0
+    """(D,) float32, of a step"""
+    turn: int = 0
+    """int64, of a step with a ring: which slot is the oldest; moved on in the end."""
+    query_stride: int = 0
+    """Bytes between the cos of one request and the next for the queries; 0 = shared."""
 
 
 AT = offsets(Decode)

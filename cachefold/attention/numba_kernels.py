@@ -13,6 +13,7 @@ import functools
 import math
 import struct
 import sys
+from array import array
 from typing import Any, NamedTuple
 
 import numba
@@ -61,14 +62,20 @@ def _launch(kernel: int, call: int, threads: int) -> None:
         call_at(kernel, call, thread)  # type: ignore[call-arg]
 
 
-def launch(kernel: Any, call: int, threads: int) -> None:
+def packed(fields: tuple[int, ...]) -> array[int]:
+    """The fields of a kernel, a NamedTuple that `offsets` knows, as `launch` takes them."""
+    return array("q", fields)
+
+
+def launch(kernel: Any, fields: array[int], threads: int) -> None:
     """Runs kernel(call, thread), a procedure, on so many threads at once.
 
     Args:
         kernel: reads its fields at `call + AT.name`, as `offsets` says.
-        call: address of the fields in int64.
+        fields: int64.
         threads: 1 runs here, without waking any other.
     """
+    call, _ = fields.buffer_info()
     if threads == 1:
         kernel(call, 0)
     else:
@@ -145,6 +152,7 @@ def make_work(shape: Shape, rows: int) -> Work:
     return Work._make([*starts, starts[-1] + BLOCK * LANES * shape.key_dim * 4])
 
 
+@functools.cache
 def work_nbytes(shape: Shape, rows: int) -> int:
     """Bytes of the scratch of a thread."""
     return make_work(shape, rows).values + BLOCK * LANES * shape.value_dim * 4

@@ -16,7 +16,7 @@ from cachefold.attention import reference
 from tests.attention.calls import Case, Draw, paged_call, state, step_call, wide
 
 pytest.importorskip("numba", reason="numba is not installed")
-from cachefold.attention import numba_backend  # noqa: E402
+from cachefold.attention import numba_backend, numba_calls  # noqa: E402
 
 BACKEND = numba_backend.BACKEND
 # Outputs are of order 1. float32: rounding of the sums; bfloat16: of the output and of what is
@@ -50,7 +50,7 @@ def poisoned(monkeypatch):
 def threads(request, monkeypatch):
     """Two threads also where one is enough: the split of heads must not show."""
     if request.param == "two threads":
-        monkeypatch.setattr(numba_backend, "SERIAL_STRIPS", -1)
+        monkeypatch.setattr(numba_calls, "SERIAL_STRIPS", -1)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
 
 
@@ -184,7 +184,7 @@ from cachefold.attention import numba_kernels as kernels
 @kernels.procedure
 def nothing(call, thread):
     pass
-kernels.launch(nothing, 0, 2)
+kernels.launch(nothing, kernels.packed((0,)), 2)
 print(torch.get_num_threads())
 """
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
