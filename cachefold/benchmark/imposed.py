@@ -40,14 +40,16 @@ class ImposedDecision(nn.Module):
         self.inner = inner
         self.neuron = inner.neuron
         self.logits = torch.where(table, MERGE_LOGIT, -MERGE_LOGIT).to(device)
-        self.position = 0
+        self.taken = 0
 
-    def forward(self, query: Tensor, key: Tensor, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, query: Tensor, key: Tensor, hidden_states: Tensor, position: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
         """Decides; see `policies.base.Decision`."""
-        _, omega = self.inner(query, key, hidden_states)
-        start, self.position = self.position, self.position + key.shape[2]
-        assert self.position <= self.logits.shape[2], "more tokens than decisions were drawn for"
-        return self.logits[:, :, start : self.position], omega
+        _, omega = self.inner(query, key, hidden_states, position)
+        start, self.taken = self.taken, self.taken + key.shape[2]
+        assert self.taken <= self.logits.shape[2], "more tokens than decisions were drawn for"
+        return self.logits[:, :, start : self.taken], omega
 
 
 class Imposition:
@@ -87,7 +89,7 @@ class Imposition:
     def restart(self) -> None:
         """Back to the first token."""
         for decision in self._decisions:
-            decision.position = 0
+            decision.taken = 0
 
 
 def dense_twin(model: PreTrainedModel) -> PreTrainedModel:
