@@ -63,7 +63,11 @@ def _launch(kernel: int, call: int, threads: int) -> None:
 
 
 def packed(fields: tuple[int, ...]) -> array[int]:
-    """The fields of a kernel, a NamedTuple that `offsets` knows, as `launch` takes them."""
+    """The fields of a kernel, a NamedTuple that `offsets` knows, as `launch` takes them.
+
+    >>> packed((1, 2)).tolist()
+    [1, 2]
+    """
     return array("q", fields)
 
 
