@@ -66,18 +66,25 @@ class LinearDecision(nn.Module):
         )  # entering a context costs more than the projection
 
     def _decide(self, hidden_states: Tensor, position: float = 0.0) -> tuple[Tensor, Tensor]:
-        bias = self.bias.float()
-        if self.slope is not None:
-            heads = self.slope.shape[0]
-            # At a ratio of 1 nothing merges, whatever slope a head learned.
-            shift = self.slope.float() * position if position > NEVER else NEVER
-            bias = torch.cat([bias[:heads] + shift, bias[heads:]])
-        logits = nn.functional.linear(hidden_states.float(), self.weight.float(), bias)
-        logits = (logits * LINEAR_SCALE).transpose(1, 2)
+        batch, count, size = hidden_states.shape
+        rows, weight = hidden_states.reshape(-1, size).float(), self.weight.float()
+        # Scaled in the same call: decoding feels the price of every operation.
+        logits = torch.addmm(
+            self.bias.float(), rows, weight.t(), beta=LINEAR_SCALE, alpha=LINEAR_SCALE
+        )
+        logits = logits.view(batch, count, -1).transpose(1, 2)
         if not self.weighs:
-            return logits, torch.ones_like(logits)
+            return self._moved(logits, position), torch.ones_like(logits)
         merge, importance = logits.chunk(2, dim=1)
-        return merge, torch.sigmoid(importance).clamp(min=OMEGA_EPS)
+        return self._moved(merge, position), torch.sigmoid(importance).clamp(min=OMEGA_EPS)
+
+    def _moved(self, merge: Tensor, position: float) -> Tensor:
+        """Merge logits (B, K, T) at a position of the dial."""
+        if self.slope is None:
+            return merge
+        if position <= NEVER:  # a ratio of 1: nothing merges, whatever slope a head learned
+            return merge + NEVER
+        return torch.add(merge, self.slope.float()[:, None], alpha=LINEAR_SCALE * position)
 
 
 class KeepDecision(nn.Module):
