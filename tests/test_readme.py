@@ -26,8 +26,9 @@ COMMANDS = [
 def test_python_examples_run():
     examples = [block for language, block in BLOCKS if language == "python"]
     assert examples
-    for example in examples:
-        exec(compile(example, "README.md", "exec"), {})
+    names: dict[str, object] = {}
+    for example in examples:  # one after the other, as a reader types them
+        exec(compile(example, "README.md", "exec"), names)
 
 
 def test_there_are_exactly_two_commands_for_a_fresh_machine():

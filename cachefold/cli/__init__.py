@@ -17,6 +17,7 @@ VERBS = (
     "retrofit",
     "calibrate",
     "reproduce",
+    "card",
     "generate",
     "explain",
     "eval",

@@ -13,8 +13,6 @@ from cachefold.core.names import closest
 if TYPE_CHECKING:
     from cachefold.retrofit.config import RetrofitConfig
 
-TABLE = "heldout.json"
-
 
 def run(
     name: Annotated[str, typer.Argument(help="Of a shipped retrofit, such as smollm2-135m-cr2.")],
@@ -41,14 +39,15 @@ def run(
     if not shipped:
         folder, out = _train(recipe, out / name), out / name
     from cachefold.evaluation.heldout import measure_artefact
+    from cachefold.retrofit.card import HELDOUT
 
     tables = [
         measure_artefact(folder, cr=ratio, pieces=pieces, tokens=tokens, progress=print)
         for ratio in ratios or [None]
     ]
     out.mkdir(parents=True, exist_ok=True)
-    (out / TABLE).write_text(json.dumps(tables, indent=2) + "\n", encoding="utf-8")
-    print(f"written: {out / TABLE}")
+    (out / HELDOUT).write_text(json.dumps(tables, indent=2) + "\n", encoding="utf-8")
+    print(f"written: {out / HELDOUT}")
     _compare(find(Path("artefacts") / name), tables)
 
 
@@ -78,7 +77,9 @@ def _train(recipe: Path, output: Path) -> Path:
 
 def _compare(shipped: Path, tables: list[dict[str, Any]]) -> None:
     """Prints the recorded table of the artefact beside the new one."""
-    path = shipped / TABLE
+    from cachefold.retrofit.card import HELDOUT
+
+    path = shipped / HELDOUT
     if not path.is_file():
         return
     recorded = json.loads(path.read_text(encoding="utf-8"))

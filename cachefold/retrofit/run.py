@@ -27,10 +27,10 @@ from cachefold.retrofit.config import RetrofitConfig
 from cachefold.retrofit.data import PackedDataset, load_blocks, preset_texts, split_held_out
 from cachefold.retrofit.reporting import LOG
 from cachefold.retrofit.trainer import RetrofitTrainer
+from cachefold.viz import MAP
 from cachefold.zoo import base_revision, load_base
 
 FINAL = "final"
-MAP = "map.json"
 
 
 def run_retrofit(

@@ -1,0 +1,155 @@
+"""The model card of an artefact: what it is, how it was made and what was measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cachefold.models.hub import read_config
+from cachefold.retrofit.checkpoint import RECIPE
+from cachefold.retrofit.reporting import LOG
+from cachefold.viz import compression_map_blocks, load_map
+from cachefold.zoo import BASES
+
+CARD = "README.md"
+CURVE = "retrofit.png"
+HELDOUT = "heldout.json"
+"""Tables of `cachefold reproduce`."""
+
+
+def card(folder: Path, name: str) -> str:
+    """Markdown of the model card of an artefact, from the files beside it.
+
+    Args:
+        folder: of the artefact; `heldout.json` (of `cachefold reproduce`) and `retrofit.png` are
+            shown where they are there.
+        name: of the artefact.
+
+    Raises:
+        ValueError: no artefact in the folder, or its recipe, log or map is missing or broken.
+    """
+    config = read_config(folder)
+    recipe = _read(folder / RECIPE, yaml.safe_load)
+    log = _read(folder / LOG, _lines)
+    parts = [
+        _head(name, config),
+        _facts(config, recipe, log),
+        _use(name, config),
+        _tables(folder / HELDOUT),
+        f"## Training\n\n![ratio and divergence over the run]({CURVE})"
+        if (folder / CURVE).is_file()
+        else "",
+        "## Compression map\n\n"
+        f"Ratio of every head, {recipe['data']['seq_len']} held-out tokens:\n\n```\n"
+        f"{compression_map_blocks(load_map(folder), ascii_only=False)}\n```",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def hours(log: list[dict[str, Any]], tokens: int) -> float:
+    """How long a run took, by the speed in its log.
+
+    Args:
+        log: its lines.
+        tokens: of the whole run.
+
+    >>> log = [{"step": 5, "tokens_per_second": 100.0}, {"step": 10, "tokens_per_second": 50.0}]
+    >>> hours(log, 36000 * 10)
+    1.5
+    """
+    per_step, before, seconds = tokens / log[-1]["step"], 0, 0.0
+    for row in log:
+        seconds += (row["step"] - before) * per_step / row["tokens_per_second"]
+        before = row["step"]
+    return seconds / 3600
+
+
+def _head(name: str, config: dict[str, Any]) -> str:
+    base = config["base"]["id"]
+    hub = BASES[base].hub_id if base in BASES else base
+    policy = config["policy"]
+    most = policy.get("max_cr")
+    ratio = f"any ratio from 1 to {most:g}" if most else f"a ratio of {policy.get('cr') or 1:g}"
+    return (
+        f"---\nlibrary_name: cachefold\nbase_model: {hub}\ntags: [kv-cache, {policy['name']}]\n"
+        f"---\n\n# {name}\n\nAdapters and decisions that compress the KV cache of {hub} "
+        f"({config['base']['revision']}) with `{policy['name']}`, for {ratio}. No weights of the "
+        "base model are in here."
+    )
+
+
+def _facts(config: dict[str, Any], recipe: dict[str, Any], log: list[dict[str, Any]]) -> str:
+    train, data = recipe["train"], recipe["data"]
+    trained = f"LoRA rank {config['lora_rank']}" if config["lora_rank"] else "all weights"
+    source = ", ".join(data["files"]) or data["dataset"]
+    facts = {
+        "policy": ", ".join(f"{key}={value}" for key, value in config["policy"].items()),
+        "ratio on held-out sequences of the run": f"{config['cr']:.2f}",
+        "trained": f"{trained}, from {recipe.get('init') or 'the original model'}",
+        "tokens": f"{config['tokens']:,} in sequences of {config['seq_len']}, seed {train['seed']}",
+        "time": f"{hours(log, config['tokens']):.1f} hours",
+        "data": source,
+        "command": f"`cachefold retrofit {RECIPE}`",
+    }
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {k} | {v} |" for k, v in facts.items())])
+
+
+def _use(name: str, config: dict[str, Any]) -> str:
+    more = ", cr=4" if config["policy"].get("max_cr") else ""
+    return (
+        "## Use\n\n```python\nimport cachefold\nfrom cachefold.zoo import load_base\n\n"
+        f'model, tokenizer = load_base("{config["base"]["id"]}")\n'
+        f'cachefold.load_folded("{name}", model{more})  # the folder of this card\n```'
+    )
+
+
+def _tables(path: Path) -> str:
+    if not path.is_file():
+        return ""
+    lines = [
+        "## Measured",
+        "",
+        "| cr asked | file | dense | folded | increase (se) | cr |",
+        "| ---: | --- | ---: | ---: | ---: | ---: |",
+    ]
+    tables = _read(path, json.loads)
+    for table in tables:
+        asked = f"{table['cr']:g}"
+        lines += [
+            f"| {asked} | {row['name']} | {row['dense_loss']:.4f} | {row['folded_loss']:.4f} | "
+            f"{row['increase']:+.4f} ({row['increase_error']:.4f}) | {row['cr']:.2f} |"
+            for row in table["files"]
+        ]
+        lines.append(f"| {asked} | **mean** | | | **{table['mean_increase']:+.4f}** | |")
+    first = tables[0]
+    pieces = max(row["pieces"] for row in first["files"])
+    lines += [
+        "",
+        f"Loss in nats/token on held-out text, at most {pieces} pieces of {first['tokens']} tokens "
+        f"of each file, {first['dtype']}, one training seed; standard error over pieces. Made by "
+        "`cachefold reproduce`.",
+    ]
+    return "\n".join(lines)
+
+
+def _lines(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def _read(path: Path, parse: Any) -> Any:
+    """What is in a file that an artefact must have.
+
+    Raises:
+        ValueError: it is missing or can't be read.
+    """
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(
+            f"a card needs {path}, which a retrofit writes beside its artefact (RUN/final)"
+        ) from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} can't be read: {error}") from error
