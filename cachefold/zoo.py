@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from cachefold.core.names import closest
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 _QUANTIZATION_FLAGS = ("is_quantized", "quantization_method", "is_loaded_in_4bit")
 
@@ -81,8 +81,7 @@ def load_base(
     Raises:
         ValueError: unknown name, or the model can't be loaded; says what to do.
     """
-    is_path = "/" in name_or_path or Path(name_or_path).is_dir()
-    if is_path and name_or_path not in BASES:
+    if _is_path(name_or_path):
         return _load(name_or_path, dtype, "check the folder or hub id, and the connection")
     base = _base(name_or_path)
     model, tokenizer = _load(
@@ -93,6 +92,49 @@ def load_base(
     )
     _check_tokenizer(tokenizer, name_or_path)
     return model, tokenizer
+
+
+def base_config(name_or_path: str) -> PreTrainedConfig:
+    """Loads the shape of a base model; for the models of `models.shapes` out of nothing.
+
+    Raises:
+        ValueError: unknown name, or there is no config to load.
+
+    >>> base_config("meta-llama/Llama-2-7b-hf").num_hidden_layers
+    32
+    """
+    from transformers import AutoConfig
+
+    from cachefold.models.shapes import known_shape
+
+    known = known_shape(name_or_path)
+    if known is not None:
+        return known
+    source = name_or_path if _is_path(name_or_path) else _locate(name_or_path)
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"can't load the config of base model {source}: {error}; check the folder or hub id, "
+            "and the connection"
+        ) from error
+
+
+def is_shape_only(name_or_path: str) -> bool:
+    """Whether this is a model of `models.shapes` whose weights were never downloaded."""
+    from huggingface_hub import try_to_load_from_cache
+
+    from cachefold.models.shapes import known_shape
+
+    index = "model.safetensors.index.json"
+    return known_shape(name_or_path) is not None and not isinstance(
+        try_to_load_from_cache(name_or_path, index), str
+    )
+
+
+def _is_path(name: str) -> bool:
+    """Whether it is a folder or hub id, and no short name."""
+    return name not in BASES and ("/" in name or Path(name).is_dir())
 
 
 def _load(source: str, dtype: torch.dtype, advice: str) -> tuple[PreTrainedModel, Any]:

@@ -18,6 +18,7 @@ VERBS = (
     "calibrate",
     "reproduce",
     "card",
+    "import-megatron",
     "generate",
     "explain",
     "eval",
@@ -26,7 +27,8 @@ VERBS = (
     "ls",
     "env",
 )
-"""Verbs in the order of the help; each is the function `run` of a module of this package."""
+"""Verbs in the order of the help; each is the function `run` of the module of this package that
+is named like it, with _ for -."""
 
 
 class LazyGroup(TyperGroup):
@@ -41,7 +43,7 @@ class LazyGroup(TyperGroup):
         if cmd_name not in VERBS:
             return None
         if cmd_name not in self.commands:
-            module = importlib.import_module(f"cachefold.cli.{cmd_name}")
+            module = importlib.import_module(f"cachefold.cli.{cmd_name.replace('-', '_')}")
             verb = typer.Typer(add_completion=False, rich_markup_mode=None)
             verb.command(cmd_name)(module.run)
             self.commands[cmd_name] = typer.main.get_command(verb)

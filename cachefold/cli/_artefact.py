@@ -70,10 +70,11 @@ def load_artefact(folder: Path, dtype: str = "bfloat16", cr: float | None = None
 
 def _check_revision(config: dict[str, Any], base: PreTrainedModel) -> None:
     """Warns when the base is not the one the artefact was made on: the adapters may not fit."""
+    from cachefold.models.hub import ANY_REVISION
     from cachefold.zoo import base_revision
 
     wanted, found = config["base"]["revision"], base_revision(config["base"]["id"], base)
-    if wanted != found:
+    if wanted not in (found, ANY_REVISION):
         print(
             f"warning: the artefact was made on {config['base']['id']} {wanted}, this is {found}",
             file=sys.stderr,

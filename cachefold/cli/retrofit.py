@@ -19,7 +19,7 @@ def run(
     ] = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Print the recipe, try one pass and a checkpoint."),
+        typer.Option("--dry-run", help="Print recipe and plan, try one pass and a checkpoint."),
     ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run in output_dir.")
@@ -52,7 +52,7 @@ def run(
         raise typer.Exit(1) from error
     except OSError as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
-    _show(facts, dry_run)
+    _show(facts, dry_run, config.model)
 
 
 def _recipe_path(recipe: Path, resume: bool) -> Path:
@@ -65,7 +65,14 @@ def _recipe_path(recipe: Path, resume: bool) -> Path:
     return recipe / "recipe.yaml"
 
 
-def _show(facts: dict[str, Any], dry_run: bool) -> None:
+def _show(facts: dict[str, Any], dry_run: bool, model: str) -> None:
+    if not facts:
+        print(
+            f"the weights of {model} are not on this machine: recipe, shapes and folding were "
+            "checked without them, no text was read and no pass was tried. "
+            f"`hf download {model}` gets them"
+        )
+        return
     if dry_run:
         print(
             f"{facts['steps']:,} steps, {facts['tokens']:,} tokens from {facts['sequences']:,} "

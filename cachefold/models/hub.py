@@ -27,6 +27,8 @@ from cachefold.policies.budget import BudgetPolicy
 WEIGHTS = "cachefold.safetensors"
 CONFIG = "cachefold.json"
 FORMAT = 1
+ANY_REVISION = "any"
+"""Revision of the base of an artefact that holds all weights: those of the base don't matter."""
 
 
 def trainable_state(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -81,7 +83,7 @@ def save_folded(
     Args:
         model: folded.
         folder: where to; made if missing.
-        base: `id` (zoo name, hub id or folder) and `revision` of the base model.
+        base: `id` (zoo name, hub id or folder) and `revision` (or `ANY_REVISION`) of the base.
         extra: facts to keep beside it.
 
     Returns:

@@ -11,14 +11,19 @@ from cachefold.retrofit.config import RetrofitConfig, TrainConfig
 
 
 def parameter_groups(model: nn.Module, train: TrainConfig) -> list[dict[str, Any]]:
-    """What is trained, for an optimiser; decision modules have their own learning rate."""
+    """What is trained, for an optimiser; decision modules have their own learning rate.
+
+    `train.weight_decay` is for matrices alone, as usual: norms, biases and decisions have none.
+    """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decisions = [p for name, p in named if ".decision." in name]
+    others = [p for name, p in named if ".decision." not in name]
+    lr, decision_lr = train.learning_rate, train.decision_learning_rate
     groups: list[dict[str, Any]] = [
-        {"params": [p for name, p in named if ".decision." not in name],
-         "lr": train.learning_rate},
-        {"params": [p for name, p in named if ".decision." in name],
-         "lr": train.decision_learning_rate},
-    ]  # fmt: skip
+        {"params": [p for p in others if p.ndim > 1], "lr": lr, "weight_decay": train.weight_decay},
+        {"params": [p for p in others if p.ndim < 2], "lr": lr, "weight_decay": 0.0},
+        {"params": decisions, "lr": decision_lr, "weight_decay": 0.0},
+    ]
     return [group for group in groups if group["params"]]
 
 

@@ -12,13 +12,12 @@ from typing import Any, TypeVar
 
 import yaml
 
-from cachefold.core.decisions import RELAXATIONS
 from cachefold.core.names import closest
 from cachefold.policies import get_policy
 from cachefold.policies.budget import BudgetPolicy
+from cachefold.retrofit.checks import check_data, check_schedule, check_train
 
 _Config = TypeVar("_Config")
-DTYPES = ("bfloat16", "float32")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +52,8 @@ class TrainConfig:
     """Of the LoRA weights, or of all weights with `lora_rank: 0`."""
     decision_learning_rate: float = 3e-3
     """Of the decision modules."""
+    weight_decay: float = 0.0
+    """AdamW's, of the LoRA weights, or of all matrices with `lora_rank: 0`."""
     lora_rank: int = 8
     """Rank of the LoRA on the attention projections; 0 trains all weights instead."""
     temperature: float = 0.3
@@ -60,7 +61,7 @@ class TrainConfig:
     relaxation: str = "gumbel"
     """`gumbel`, `straight-through` or `sigmoid`."""
     kd_weight: float = 1.0
-    """Weight of KL(original || folded) on the logits."""
+    """Weight of KL(original || folded) on the logits; with 0 there is no teacher."""
     ce_weight: float = 0.0
     """Weight of the cross entropy with the text."""
     compression_weight: float = 5.0
@@ -122,9 +123,9 @@ class RetrofitConfig:
     def __post_init__(self) -> None:
         """Checks values that types alone do not."""
         policy = self.build_policy()
-        _check_data(self.data)
-        _check_train(self.train)
-        _check_schedule(self, policy)
+        check_data(self.data)
+        check_train(self.train)
+        check_schedule(self, policy)
 
     def build_policy(self) -> Any:
         """Makes the policy.
@@ -241,64 +242,3 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         return value
     wanted = getattr(origin or hint, "__name__", str(hint))
     raise ValueError(f"{name} must be a {wanted}, got {value!r} ({type(value).__name__})")
-
-
-def _check_data(data: DataConfig) -> None:
-    if data.seq_len < 2:
-        raise ValueError(f"data.seq_len must be at least 2 tokens, got {data.seq_len}")
-    if data.held_out < 1:
-        raise ValueError(f"data.held_out must be at least 1 sequence, got {data.held_out}")
-    if data.files and data.dataset:
-        raise ValueError("give data.files or data.dataset, not both")
-
-
-def _check_train(train: TrainConfig) -> None:
-    for name in ("tokens", "batch_size", "accumulation", "save_every", "log_every"):
-        if getattr(train, name) < 1:
-            raise ValueError(f"train.{name} must be at least 1, got {getattr(train, name)}")
-    for name in ("learning_rate", "decision_learning_rate", "temperature", "max_grad_norm"):
-        if not getattr(train, name) > 0:
-            raise ValueError(f"train.{name} must be > 0, got {getattr(train, name)}")
-    for name in ("lora_rank", "kd_weight", "ce_weight", "compression_weight", "zero_out_steps"):
-        if not getattr(train, name) >= 0:
-            raise ValueError(f"train.{name} must be >= 0, got {getattr(train, name)}")
-    for name in ("ramp_fraction", "solidify_fraction"):
-        if not 0 <= getattr(train, name) <= 1:
-            raise ValueError(f"train.{name} must be between 0 and 1, got {getattr(train, name)}")
-    for name, allowed in (("dtype", DTYPES), ("relaxation", RELAXATIONS)):
-        value = getattr(train, name)
-        if value not in allowed:
-            hint = closest(value, list(allowed))
-            raise ValueError(
-                f"train.{name} must be one of {', '.join(allowed)}; got {value!r}.{hint}"
-            )
-    if train.kd_weight == train.ce_weight == 0:
-        raise ValueError("train.kd_weight and train.ce_weight are both 0: nothing keeps quality")
-
-
-def _check_schedule(config: RetrofitConfig, policy: Any) -> None:
-    """Checks what takes several fields together."""
-    train, neuron = config.train, policy.decision == "neuron"
-    if config.data.seq_len <= policy.delay:
-        raise ValueError(
-            f"data.seq_len must be more than policy.delay, or no token is ever merged; got "
-            f"{config.data.seq_len} and {policy.delay}"
-        )
-    if train.ramp_fraction + train.solidify_fraction > 1 + 1e-9:
-        raise ValueError(
-            "train.ramp_fraction + train.solidify_fraction must be <= 1: the target is to be "
-            f"reached before the learning rate falls; got {train.ramp_fraction} + "
-            f"{train.solidify_fraction}"
-        )
-    if train.zero_out_steps and not neuron:
-        raise ValueError("train.zero_out_steps is only for policy.decision: neuron; set it to 0")
-    if train.zero_out_steps >= config.steps:
-        raise ValueError(
-            f"train.zero_out_steps must be less than the {config.steps} steps that train.tokens "
-            f"allows, got {train.zero_out_steps}"
-        )
-    if neuron and train.lora_rank:
-        raise ValueError(
-            "policy.decision: neuron changes the projections themselves, so the frozen original "
-            f"has to be the teacher; set train.lora_rank: 0, got {train.lora_rank}"
-        )

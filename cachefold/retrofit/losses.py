@@ -24,7 +24,7 @@ class _Weights:
 
 def distillation_loss(
     student: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | None,
     head: Tensor,
     labels: Tensor,
     *,
@@ -40,7 +40,7 @@ def distillation_loss(
 
     Args:
         student: (N, E) last hidden states, differentiable; its dtype is that of the products.
-        teacher: (N, E) last hidden states of the original model.
+        teacher: (N, E) last hidden states of the original model; None with `kd_weight` 0.
         head: (V, E) output embedding, differentiable when it requires a gradient.
         labels: (N,) next tokens; -100 is left out of the cross entropy.
         kd_weight: weight of the divergence.
@@ -55,8 +55,10 @@ def distillation_loss(
     """
     weights = _Weights(kd_weight, ce_weight, softcap)
     teacher_head = head if teacher_head is None else teacher_head
+    if kd_weight == 0:
+        teacher = None
     result = _LinearDistillation.apply(  # type: ignore[no-untyped-call]
-        student, head, teacher.detach(), teacher_head.detach(), labels, weights, chunk
+        student, head, teacher, teacher_head.detach(), labels, weights, chunk
     )
     return result[0], result[1], result[2]
 
@@ -67,7 +69,7 @@ class _LinearDistillation(torch.autograd.Function):
         ctx: Any,
         student: Tensor,
         head: Tensor,
-        teacher: Tensor,
+        teacher: Tensor | None,
         teacher_head: Tensor,
         labels: Tensor,
         weights: _Weights,
@@ -85,7 +87,7 @@ class _LinearDistillation(torch.autograd.Function):
                 part = slice(start, start + chunk)
                 kd_part, ce_part, grad = _chunk(
                     student[part] @ cast_head.T,
-                    teacher[part].to(dtype) @ cast_teacher_head.T,
+                    None if teacher is None else teacher[part].to(dtype) @ cast_teacher_head.T,
                     labels[part], weights, len(student), count,
                 )  # fmt: skip
                 kd, ce = kd + kd_part, ce + ce_part
@@ -112,7 +114,7 @@ class _LinearDistillation(torch.autograd.Function):
 
 def _chunk(
     logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | None,
     labels: Tensor,
     weights: _Weights,
     total: int,
@@ -120,21 +122,16 @@ def _chunk(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums of divergence and cross entropy, and the gradient (n, V) with respect to the logits."""
     wide = torch.promote_types(logits.dtype, torch.float32)
-    cap_gradient = None
-    if weights.softcap is not None:
-        logits, teacher_logits = (
-            _cap(logits, weights.softcap),
-            _cap(teacher_logits, weights.softcap),
-        )
-        cap_gradient = 1 - (logits / weights.softcap) ** 2
+    logits, cap = _cap(logits, weights.softcap), weights.softcap
+    cap_gradient = None if cap is None else 1 - (logits / cap) ** 2
     log_student = torch.log_softmax(logits, -1, dtype=wide)
     counts = (labels >= 0).to(wide)
     ce = -(log_student.gather(1, labels.clamp(min=0)[:, None])[:, 0] * counts).sum()
     kd = log_student.new_zeros(())
     scale = counts * (weights.ce / max(count, 1))  # (n,)
     teacher_term = None
-    if weights.kd:
-        log_teacher = torch.log_softmax(teacher_logits, -1, dtype=wide)
+    if teacher_logits is not None:
+        log_teacher = torch.log_softmax(_cap(teacher_logits, cap), -1, dtype=wide)
         teacher_term = log_teacher.exp()
         kd = torch.bmm(teacher_term[:, None], log_teacher.sub_(log_student)[..., None]).sum()
         teacher_term.mul_(weights.kd / total)
@@ -148,5 +145,7 @@ def _chunk(
     return kd, ce, grad if cap_gradient is None else grad.mul_(cap_gradient)
 
 
-def _cap(logits: Tensor, cap: float) -> Tensor:
+def _cap(logits: Tensor, cap: float | None) -> Tensor:
+    if cap is None:
+        return logits
     return torch.tanh(logits.to(torch.promote_types(logits.dtype, torch.float32)) / cap) * cap

@@ -21,14 +21,14 @@ from cachefold.models.dial import calibrate, has_dial, turn_dial
 from cachefold.models.fold import FoldRun, fold
 from cachefold.models.hub import WEIGHTS as ARTEFACT
 from cachefold.models.hub import load_trainable_state, read_config, save_folded, trainable_state
-from cachefold.models.lora import add_lora
 from cachefold.retrofit.checkpoint import RECIPE, WEIGHTS, check_finite, check_output, claim_output
 from cachefold.retrofit.config import RetrofitConfig
 from cachefold.retrofit.data import PackedDataset, load_blocks, preset_texts, split_held_out
+from cachefold.retrofit.plan import fold_for_training, plan_retrofit, weights_dtype
 from cachefold.retrofit.reporting import LOG
 from cachefold.retrofit.trainer import RetrofitTrainer
 from cachefold.viz import MAP
-from cachefold.zoo import base_revision, load_base
+from cachefold.zoo import base_revision, is_shape_only, load_base
 
 FINAL = "final"
 
@@ -41,12 +41,14 @@ def run_retrofit(
     Args:
         config: the recipe.
         resume: continue the run in `output_dir` from its last checkpoint.
-        dry_run: load, fold, read the data, do one forward and backward pass and write and
-            read back a checkpoint in a temporary folder; nothing stays.
+        dry_run: print the plan, then load, fold, read the data, do one forward and backward pass
+            and write and read back a checkpoint in a temporary folder; nothing stays. Of a model
+            of `models.shapes` that was never downloaded there is only the plan.
 
     Returns:
         Facts: `steps`, `tokens`, `sequences`, `trainable` (parameters); after a dry run `loss`
         and `seconds` of the pass; after training `cr` (held-out) and `folder` of the artefact.
+        Nothing where there is only the plan.
 
     Raises:
         ValueError: anything wrong with recipe, model, data or output folder; the folder is left
@@ -55,6 +57,10 @@ def run_retrofit(
     """
     _check_tensorboard(config)
     check_output(config, resume)
+    if dry_run:
+        print(plan_retrofit(config).describe(), flush=True)
+        if is_shape_only(config.model):
+            return {}
     model, tokenizer = load_model(config)
     blocks, held_out = split_held_out(load_blocks(config.data, tokenizer), config.data.held_out)
     teacher = prepare(model, config)
@@ -125,28 +131,21 @@ def rehearse(
 
 def load_model(config: RetrofitConfig) -> tuple[PreTrainedModel, Any]:
     """Loads the base model and its tokenizer."""
-    dtype = getattr(torch, config.train.dtype)
-    if config.train.lora_rank == 0:
-        dtype = torch.float32  # trained weights; the products are in train.dtype all the same
-    base: tuple[PreTrainedModel, Any] = load_base(config.model, dtype=dtype)
-    return base
+    return load_base(config.model, dtype=weights_dtype(config))
 
 
 def prepare(model: PreTrainedModel, config: RetrofitConfig) -> PreTrainedModel | None:
     """Folds a model in place and decides what is trained.
 
     Returns:
-        The teacher, when the model can't be its own because all weights are trained.
+        The teacher, when one is needed and the model can't be its own because all weights are
+        trained.
     """
     teacher = None
-    if config.train.lora_rank == 0:
+    if config.train.kd_weight and config.train.lora_rank == 0:
         teacher, _ = load_model(config)
         fold(teacher, config.build_policy())  # to know `fold_run`; runs dense
-    fold(model, config.build_policy())
-    if config.train.lora_rank:
-        with torch.random.fork_rng():
-            torch.manual_seed(config.train.seed)
-            add_lora(model, config.train.lora_rank)
+    fold_for_training(model, config)
     if config.init is not None:
         start_from(model, config)
     return teacher

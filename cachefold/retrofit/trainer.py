@@ -75,12 +75,12 @@ class RetrofitTrainer(CheckpointTrainer):
             args: the recipe.
             train_dataset: items with `input_ids` (seq_len,), in the order of training.
             teacher: the original model, when all weights are trained; None = the model itself
-                without its LoRA.
+                without its LoRA, or no teacher with `train.kd_weight` 0.
 
         Raises:
             ValueError: no teacher and no LoRA, or more than one process or GPU.
         """
-        if teacher is None and not lora_rank(model):
+        if args.train.kd_weight and teacher is None and not lora_rank(model):
             raise ValueError(
                 "without LoRA the model can't be its own teacher; add LoRA (train.lora_rank > 0) "
                 "or pass teacher="
@@ -143,8 +143,7 @@ class RetrofitTrainer(CheckpointTrainer):
         ids: Tensor = inputs["input_ids"]
         step = self.state.global_step
         decisions: dict[int, Decisions] = {}
-        with torch.no_grad(), self._as_teacher(model) as teacher:
-            target = self._hidden(teacher, ids, FoldRun(mode="dense"))
+        target = self._target(model, ids)
         with self._noise(ids.device, step, self._micro[1]):
             student = self._hidden(model, ids, self._student_run(step, decisions))
         distillation, kd, ce = self._distil(student, target, ids)
@@ -170,6 +169,13 @@ class RetrofitTrainer(CheckpointTrainer):
             position=self.schedule.position(step), recorder=decisions,
         )  # fmt: skip
 
+    def _target(self, model: nn.Module, ids: Tensor) -> Tensor | None:
+        """Hidden states (B, T, E) of the original model; None where nothing is distilled."""
+        if not self.recipe.train.kd_weight:
+            return None
+        with torch.no_grad(), self._as_teacher(model) as teacher:
+            return self._hidden(teacher, ids, FoldRun(mode="dense"))
+
     def _hidden(self, model: nn.Module, ids: Tensor, run: FoldRun) -> Tensor:
         """Last hidden states after the final norm, (B, T, E) in the training dtype."""
         # No token goes through the output embedding here: the loss does that, in chunks.
@@ -187,15 +193,15 @@ class RetrofitTrainer(CheckpointTrainer):
         return hidden.to(dtype)
 
     def _distil(
-        self, student: Tensor, target: Tensor, ids: Tensor
+        self, student: Tensor, target: Tensor | None, ids: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         model: Any = self.accelerator.unwrap_model(self.model)
         labels = nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
         teacher: Any = self.teacher or model
         return distillation_loss(
-            student.flatten(0, 1), target.flatten(0, 1), model.get_output_embeddings().weight,
-            labels.flatten(), kd_weight=self.recipe.train.kd_weight,
-            ce_weight=self.recipe.train.ce_weight,
+            student.flatten(0, 1), None if target is None else target.flatten(0, 1),
+            model.get_output_embeddings().weight, labels.flatten(),
+            kd_weight=self.recipe.train.kd_weight, ce_weight=self.recipe.train.ce_weight,
             teacher_head=teacher.get_output_embeddings().weight,
             softcap=getattr(model.config, "final_logit_softcapping", None),
         )  # fmt: skip
@@ -241,11 +247,11 @@ class RetrofitTrainer(CheckpointTrainer):
         super().log(logs, start_time)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW without decay; decision modules have their own learning rate."""
+        """AdamW; decision modules have their own learning rate and no decay."""
         if self.optimizer is None:
             student: Any = self.model
             groups = parameter_groups(student, self.recipe.train)
-            self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+            self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
         return self.optimizer
 
     def create_scheduler(

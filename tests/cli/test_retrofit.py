@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,17 @@ def test_failed_start_can_be_repeated(cli: Run, workspace: Path, tmp_path: Path)
 def test_no_recipe(cli: Run, tmp_path: Path) -> None:
     assert "no recipe at" in cli("retrofit", tmp_path / "x.yaml").stderr
     assert "no run to resume" in cli("retrofit", tmp_path, "--resume").stderr
+
+
+def test_dry_run_of_a_paper_recipe_needs_no_weights(
+    cli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("it used the network"))
+    recipes = sorted((Path(__file__).parents[2] / "recipes").glob("llama2-*.yaml"))
+    assert len(recipes) == 3
+    for path in recipes:
+        result = cli("retrofit", path, f"output_dir={tmp_path / 'out'}", "--dry-run")
+        assert result.exit_code == 0, result.output
+        assert "8,250 steps of 4,194,304 tokens, 34,603,008,000 tokens in all" in result.stdout
+        assert "are not on this machine" in result.stdout

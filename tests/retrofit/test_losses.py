@@ -91,3 +91,13 @@ def test_same_hidden_states_have_no_divergence_and_no_label_no_cross_entropy() -
     assert kd.item() == pytest.approx(0, abs=1e-12)
     assert ce.item() == 0
     assert torch.autograd.grad(loss, student)[0].abs().max() < 1e-12
+
+
+def test_without_distillation_no_teacher_is_needed() -> None:
+    student, teacher, head, labels = inputs()
+    weights = {"kd_weight": 0.0, "ce_weight": 1.0, "softcap": 2.0}
+    with_teacher, without = (
+        torch.autograd.grad(distillation_loss(student, t, head, labels, **weights)[0], student)
+        for t in (teacher, None)
+    )
+    assert torch.equal(with_teacher[0], without[0]) and without[0].any()
