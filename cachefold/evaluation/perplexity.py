@@ -87,8 +87,11 @@ class Perplexity:
         """Scores rows."""
         texts = {
             name: load_blocks(
-                [data_file(f"heldout/{name}.jsonl.gz")], subject.tokenizer, self._step
-            )
+                [data_file(f"heldout/{name}.jsonl.gz")],
+                subject.tokenizer,
+                self.tokens,
+                stride=self._step if self.sliding else None,
+            )  # fmt: skip
             for name in sorted({row["file"] for row in rows})
         }
         for start in range(0, len(rows), _BLOCK):
@@ -99,13 +102,12 @@ class Perplexity:
 
     def _piece(self, blocks: Tensor, row: dict[str, Any]) -> Tensor:
         """The tokens of a row, (tokens,)."""
-        piece = blocks[row["piece"] : row["piece"] + self.tokens // self._step].flatten()
-        if len(piece) < self.tokens:
+        if row["piece"] >= len(blocks):
             raise ValueError(
                 f"{row['file']} has no piece {row['piece']} of {self.tokens} tokens with this "
                 f"tokenizer, which makes more than {_MOST_CHARACTERS} characters a token"
             )
-        return piece
+        return blocks[row["piece"]]
 
     def _means(self, nats: Tensor) -> dict[str, float]:
         """From the loss of tokens 1 to `tokens` - 1, (tokens - 1,)."""
