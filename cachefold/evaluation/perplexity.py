@@ -159,7 +159,9 @@ class HeldOutLoss:
     folded_loss: float
     """nats/token of the folded model."""
     cr: float
-    """Tokens / entries kept at the end of each piece, all layers and heads, ring included."""
+    """Tokens / entries kept at the end of each piece, folded layers and heads, ring included."""
+    bytes_ratio: float
+    """Bytes of the cache / of a dense one at the end of each piece, sliding layers included."""
     increase_error: float
     """Standard error of `increase` over the pieces, nats/token; nan for a single piece."""
 
@@ -228,7 +230,7 @@ def _measure_file(
     return HeldOutLoss(
         name=file.name.split(".")[0], pieces=len(texts), tokens=tokens,
         dense_loss=dense.mean().item(), folded_loss=folded.mean().item(),
-        cr=subject.footprint.cr,
+        cr=subject.footprint.cr, bytes_ratio=subject.footprint.bytes_ratio,
         increase_error=(folded - dense).std().item() / len(texts) ** 0.5
         if len(texts) > 1 else math.nan,
     )  # fmt: skip

@@ -38,6 +38,7 @@ def test_a_fresh_fold_costs_nothing_and_merging_is_seen(tmp_path):
     scramble_decisions(model)
     (merged,) = heldout_loss(model, _Characters(), [file], pieces=3, tokens=64)
     assert merged.increase_error > 0 == fresh.increase_error
+    assert fresh.bytes_ratio == pytest.approx(1, abs=0.02) and merged.bytes_ratio < 0.98
     assert merged.cr > 1.1 and merged.folded_loss != merged.dense_loss == fresh.dense_loss
 
 
