@@ -32,8 +32,8 @@ class BaseModel:
     terms: str = ""
 
 
-# For a base model that saw no chat: a transcript, which it continues. On the chats of data/heldout
-# Gemma 3 270M has 3.1 nats/token with it, and 4.0 with the turn tokens of its instruct model.
+# For a base model that saw no chat: a transcript, which it continues as any text. The turn tokens
+# of its instruct model mean nothing to it.
 _TRANSCRIPT = (
     "{{ bos_token }}{% for message in messages %}{{ message['role'] | capitalize }}: "
     "{{ message['content'] | trim }}\n\n{% endfor %}"

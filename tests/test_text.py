@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cachefold import text
-from cachefold.text import load_blocks, start_ids
+from cachefold.text import _start_ids, load_blocks
 from tests.retrofit.tiny import make_tokenizer
 
 
@@ -68,9 +68,9 @@ def test_every_sequence_begins_as_the_tokenizer_begins_a_text(tmp_path: Path) ->
 
 def test_a_start_token_that_the_tokenizer_does_not_write_stays_away() -> None:
     tokenizer = make_tokenizer()
-    assert start_ids(tokenizer) == []
+    assert _start_ids(tokenizer) == []
     tokenizer.bos_token = "w0"  # has one, as SmolLM2 does, and puts none before a text
-    assert start_ids(tokenizer) == [] and start_ids(_Starting()) == [1]
+    assert _start_ids(tokenizer) == [] and _start_ids(_Starting()) == [1]
 
 
 def test_files_are_read_in_their_order(tmp_path: Path) -> None:
