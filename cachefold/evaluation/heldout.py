@@ -68,19 +68,20 @@ def measure_artefact(
     return facts | {"dtype": dtype, "machine": machine}
 
 
-HEADER = f"{'file':<12} pieces  dense   folded  increase (se)      cr"
+HEADER = f"{'file':<12} pieces  dense   folded  increase (se)      cr  bytes"
 
 
 def line(row: HeldOutLoss) -> str:
     """A row of the table.
 
     >>> print(line(HeldOutLoss(name="chat", pieces=2, tokens=8, dense_loss=2.0, folded_loss=2.25,
-    ...     cr=2.5, increase_error=0.01)))
-    chat              2  2.0000  2.2500  +0.2500 (0.0100)  2.500
+    ...     cr=2.5, bytes_ratio=0.4, increase_error=0.01)))
+    chat              2  2.0000  2.2500  +0.2500 (0.0100)  2.500  40.0%
     """
     return (
         f"{row.name:<12} {row.pieces:>6}  {row.dense_loss:.4f}  {row.folded_loss:.4f}  "
-        f"{row.increase:+.4f} ({row.increase_error:.4f})  {row.cr:.3f}"
+        f"{row.increase:+.4f} ({row.increase_error:.4f})  {row.cr:.3f}  "
+        f"{row.bytes_ratio:.1%}"
     )
 
 

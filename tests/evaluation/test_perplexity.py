@@ -38,6 +38,7 @@ def test_a_fresh_fold_costs_nothing_and_merging_is_seen(tmp_path):
     scramble_decisions(model)
     (merged,) = heldout_loss(model, _Characters(), [file], pieces=3, tokens=64)
     assert merged.increase_error > 0 == fresh.increase_error
+    assert fresh.bytes_ratio == pytest.approx(1, abs=0.02) and merged.bytes_ratio < 0.98
     assert merged.cr > 1.1 and merged.folded_loss != merged.dense_loss == fresh.dense_loss
 
 
@@ -113,6 +114,24 @@ def test_windows_that_slide_count_only_tokens_with_half_a_window_before_them(dat
         nats = F.cross_entropy(model(window[None]).logits[0, :-1], window[1:], reduction="none")
         assert row["loss"] == pytest.approx(nats[31:].mean().item(), abs=1e-5)
         assert set(row) == {"id", "loss"}
+
+
+def test_windows_that_slide_count_every_token_once_behind_a_start_token(data):
+    class Starting(_Characters):
+        bos_token_id = 1
+
+        def __call__(self, text, add_special_tokens=True, **options):
+            return {"input_ids": [1] * add_special_tokens + super().__call__(text)["input_ids"]}
+
+    model, rows = tiny_model(), Perplexity(tokens=64, sliding=True).rows(None)
+    rows = [row for row in rows if row["file"] == "code"][:2]
+    task = Perplexity(tokens=64, sliding=True)
+    found = list(task.evaluate(rows, Subject(model, Starting())))
+    ids = load_blocks([data / "code.jsonl.gz"], _Characters(), 200)[0]
+    for index, row in enumerate(found):
+        window = torch.cat([torch.tensor([1]), ids[32 * index : 32 * index + 63]])
+        nats = F.cross_entropy(model(window[None]).logits[0, :-1], window[1:], reduction="none")
+        assert row["loss"] == pytest.approx(nats[31:].mean().item(), abs=1e-5)
 
 
 def test_merging_is_seen_by_the_task(data):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from cachefold.retrofit.run import run_retrofit
 from cachefold.retrofit.schedule import RetrofitSchedule
 
 RECIPES = Path(__file__).parents[2] / "recipes"
+SMOLLM, GEMMA = "smollm2-135m", "gemma3-270m"
 CHANGES = yaml.safe_load((RECIPES / "ablations" / "changes.yaml").read_text())
 
 
@@ -22,6 +24,12 @@ def test_recipes_load(path: Path) -> None:
     assert config.output_dir == f"runs/{path.stem}"
     for file in [*config.data.files, config.init]:
         assert file is None or (RECIPES.parent / file).exists(), file
+
+
+def test_a_second_architecture_has_the_recipe_of_the_first() -> None:
+    first, second = (load_recipe(RECIPES / f"{name}-cr2.yaml") for name in (SMOLLM, GEMMA))
+    assert (first.model, second.model) == (SMOLLM, GEMMA)
+    assert replace(second, model=first.model, output_dir=first.output_dir) == first
 
 
 @pytest.mark.parametrize("name", list(CHANGES))
