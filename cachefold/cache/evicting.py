@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cachefold.cache.codecs import Codec
 from cachefold.cache.compressed import CompressedLayer, refuse_other, tensor_nbytes
-from cachefold.cache.slots import Slots
+from cachefold.cache.packed_slots import PackedSlots
+from cachefold.cache.slots import Pair, Slots
 from cachefold.core.eviction import FREE, Arrivals, Evictor, arrivals, held_count
 
 if TYPE_CHECKING:
@@ -31,19 +33,27 @@ class EvictingLayer(CompressedLayer):
         evictor: the policy.
         index: of the layer.
         limit: on the bytes of the whole cache; None = no limit.
+        codec: packs entries; None = they keep their dtype.
     """
 
-    def __init__(self, evictor: Evictor, index: int, limit: ByteLimit | None = None) -> None:
+    def __init__(
+        self,
+        evictor: Evictor,
+        index: int,
+        limit: ByteLimit | None = None,
+        codec: Codec | None = None,
+    ) -> None:
         super().__init__()
         self.evictor = evictor
         self.index = index
         self.limit = limit
+        self.codec = codec
         self._clear()
 
     def _clear(self) -> None:
         self.seen = 0
         self.valid_seen: Tensor | None = None  # (B,) int64 on the CPU, tokens but padding
-        self.slots: Slots | None = None
+        self.slots: Slots | PackedSlots | None = None
         self.position: Tensor | None = None  # (B, K, S) int32, FREE where no entry is
         self.score: Tensor | None = None  # (B, K, S) float32, of cumulative policies
         self.vacant: Tensor | None = None  # (B, K, 1) int64, slot of the next token
@@ -53,9 +63,9 @@ class EvictingLayer(CompressedLayer):
         """Takes shapes, dtype and device from the first keys and values."""
         self.dtype, self.device = key_states.dtype, key_states.device
         batch, heads = key_states.shape[:2]
-        dims = key_states.shape[-1], value_states.shape[-1]
         dtype = torch.promote_types(key_states.dtype, value_states.dtype)
-        self.slots = Slots(batch, heads, *dims, dtype, self.device)
+        shape = batch, heads, key_states.shape[-1], value_states.shape[-1], dtype, self.device
+        self.slots = Slots(*shape) if self.codec is None else PackedSlots(*shape, self.codec)
         self.valid_seen = torch.zeros(batch, dtype=torch.int64)
         empty = torch.empty(batch, heads, 0, device=self.device)
         self.position = empty.int()
@@ -102,10 +112,10 @@ class EvictingLayer(CompressedLayer):
         writes = new.evicts | (new.position < 0)
         held = held_count(self.evictor, new.seen) + writes[:, 0]
         width = max(int(held.max()), self.position.shape[2])
-        self.slots.cover(width, self._most())
-        self.slots.put(self.vacant, key, value)
-        missing = width - self.position.shape[2]
         arrived = new.position.to(self.device)[:, None].expand_as(self.vacant)
+        self.slots.cover(width, self._most())
+        self.slots.put(self.vacant, key, value, arrived)
+        missing = width - self.position.shape[2]
         position = F.pad(self.position, (0, missing), value=FREE)
         self.position = position.scatter(-1, self.vacant, arrived)
         if self.score is not None:
@@ -125,24 +135,28 @@ class EvictingLayer(CompressedLayer):
         padding = (new.position < 0).to(self.device)[..., None]
         self.vacant = torch.where(padding, self.vacant, behind)
 
-    def fill(self, key: Tensor, value: Tensor, position: Tensor, score: Tensor | None) -> None:
+    def fill(self, columns: tuple[Tensor, ...], position: Tensor, score: Tensor | None) -> None:
         """Makes these entries all there are; those of a request come before its free slots.
 
         Args:
-            key: (B, K, S, D), rotated, finite throughout.
-            value: (B, K, S, Dv).
+            columns: (B, K, S, ...), finite throughout; see `Slots.columns`.
             position: (B, K, S) int32.
             score: (B, K, S) float32, for cumulative policies.
         """
-        assert self.slots is not None
-        self.slots.fill(key, value, self._most())
+        assert self.slots is not None and self.valid_seen is not None
+        self.slots.fill(columns, position, self.valid_seen, self._most())
         self.position, self.score = position, score
         self.vacant = (position >= 0).sum(-1, keepdim=True)
 
-    def read(self) -> tuple[Tensor, Tensor]:
-        """Keys (B, K, S, D) and values (B, K, S, Dv) of the slots in use, no copy."""
+    def read(self) -> Pair:
+        """Keys (B, K, S, D) and values (B, K, S, Dv) of the slots in use, for the newest token."""
+        assert self.slots is not None and self.position is not None and self.valid_seen is not None
+        return self.slots.read(self.position, self.valid_seen)
+
+    def columns(self, new: Arrivals) -> tuple[Tensor, ...]:
+        """All there is to know of the slots in use before `new`; see `Slots.columns`."""
         assert self.slots is not None and self.position is not None
-        return self.slots.read(self.position.shape[2])
+        return self.slots.columns(self.position, new.seen - (new.position >= 0).sum(1))
 
     def _most(self) -> int | None:
         """Slots that a head ever needs: the entries and the token that comes before an eviction."""
@@ -150,8 +164,7 @@ class EvictingLayer(CompressedLayer):
 
     def _check(self, key: Tensor) -> None:
         assert self.slots is not None
-        batch, heads, _, dim = self.slots.key.shape
-        held = (batch, heads, dim, self.dtype)
+        held = (*self.slots.dims, self.dtype)
         got = (key.shape[0], key.shape[1], key.shape[3], key.dtype)
         if got != held:
             refuse_other(held, got)
@@ -179,9 +192,12 @@ class EvictingLayer(CompressedLayer):
 
     def kept_nbytes(self) -> int:
         """Bytes of the entries: keys, values, positions and scores that go on."""
+        if self.slots is None:
+            return 0
         beside = sum(tensor.element_size() for tensor in (self.position, self.score)
                      if tensor is not None)  # fmt: skip
-        return int(self.entries().sum()) * (self.entry_nbytes() + beside)
+        count = int(self.entries().sum())
+        return self.slots.kept_nbytes(count) + count * beside
 
     def nbytes(self) -> int:
         """Bytes of all tensors held, free slots included."""
@@ -213,10 +229,8 @@ class EvictingLayer(CompressedLayer):
         """The state by flat names, as `load_tensors` takes it."""
         if self.valid_seen is None or self.position is None or self.vacant is None:
             return {}
-        key, value = self.read()
-        free = (self.position < 0)[..., None]
-        found = {
-            "slot_key": key.masked_fill(free, 0.0), "slot_value": value.masked_fill(free, 0.0),
+        assert self.slots is not None
+        found = self.slots.tensors(self.position) | {
             "position": self.position, "vacant": self.vacant, "valid_seen": self.valid_seen,
         }  # fmt: skip
         return found if self.score is None else found | {"score": self.score}
@@ -226,9 +240,10 @@ class EvictingLayer(CompressedLayer):
         self._clear()
         if not tensors:
             return
-        key, value = tensors["slot_key"], tensors["slot_value"]
-        self.lazy_initialization(key, value)
-        self.fill(key, value, tensors["position"], tensors.get("score"))
+        self.lazy_initialization(tensors["slot_key"], tensors["slot_value"])
+        assert self.slots is not None
+        self.slots.load(tensors, self._most())
+        self.position, self.score = tensors["position"], tensors.get("score")
         self.vacant, self.valid_seen = tensors["vacant"], tensors["valid_seen"].cpu()
         self.seen = seen
 

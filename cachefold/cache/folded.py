@@ -85,7 +85,7 @@ class FoldedCache(Cache):
             _check_foldable(layers, index)
             layers[index] = (
                 FoldedLayer(delay, window, page_size, self._limit, packing) if evictor is None
-                else EvictingLayer(evictor, index, self._limit)
+                else EvictingLayer(evictor, index, self._limit, packing)
             )  # fmt: skip
         super().__init__(layers=layers)
         self.folded_layers = sorted(folded_layers)

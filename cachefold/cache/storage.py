@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from cachefold.cache.codecs import PAGE, get_codec
+from cachefold.cache.codecs import PAGE, Codec, Vectors, get_codec
 from cachefold.cache.compressed import CompressedLayer
 from cachefold.cache.packed import packed_count
 
@@ -122,20 +122,34 @@ def _check_shapes(cache: FoldedCache, parts: dict[str, Tensor], path: str | Path
                 f"{path} holds {heads} kv heads of {dim} channels, but the model has "
                 f"{cache.num_kv_heads} of {cache.head_dim}; load it for the model it came from"
             )
-    if "packed" in parts and cache.codec is not None:
-        dims = parts["closed_key"].shape[-1], parts["closed_value"].shape[-1]
-        width = get_codec(cache.codec).page_nbytes(*dims)
-        if parts["packed"].shape[-1] != width:
+    if cache.codec is None:
+        return
+    for name, width in _widths(get_codec(cache.codec), parts).items():
+        if parts[name].shape[-1] != width:
             raise ValueError(
-                f"{path} holds packed pages of {parts['packed'].shape[-1]} bytes, but codec "
+                f"{path} holds {name!r} in rows of {parts[name].shape[-1]} bytes, but codec "
                 f"{cache.codec} makes {width}; save the cache again with this version"
             )
+
+
+def _widths(codec: Codec, parts: dict[str, Tensor]) -> dict[str, int]:
+    """Bytes of what the codec packs, by the names of tensors."""
+    if "packed" in parts:
+        dims = parts["closed_key"].shape[-1], parts["closed_value"].shape[-1]
+        return {"packed": codec.page_nbytes(*dims)}
+    if "packed_key" not in parts:
+        return {}
+    keys, values = codec.alone()
+    return {
+        "packed_key": Vectors(keys, parts["slot_key"].shape[-1]).nbytes,
+        "packed_value": Vectors(values, parts["slot_value"].shape[-1]).nbytes,
+    }
 
 
 def _check_lengths(parts: dict[str, Tensor], path: str | Path) -> None:
     vacant = parts.get("vacant")
     if vacant is not None and vacant.numel():
-        width = parts["slot_key"].shape[2]
+        width = parts.get("packed_key", parts["slot_key"]).shape[2]
         if int(vacant.min()) < 0 or int(vacant.max()) > width:
             raise ValueError(
                 f"{path} is damaged: the next entry of a head goes to slot {int(vacant.max())} of "

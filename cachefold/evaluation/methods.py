@@ -123,15 +123,6 @@ def is_learned(policy: str) -> bool:
     return policy != KEEP_ALL and not issubclass(policy_class(policy), BudgetPolicy)
 
 
-def takes_codec(policy: str) -> bool:
-    """True for policies whose entries a codec can pack.
-
-    >>> takes_codec("full"), takes_codec("tova")
-    (True, False)
-    """
-    return not issubclass(policy_class(policy), BudgetPolicy)
-
-
 def _policy(name: str, cr: float | None, seed: int) -> Policy:
     asked = {"cr": cr, "seed": seed}
     return get_policy(name, **{key: asked[key] for key in asked if key in _options(name)})

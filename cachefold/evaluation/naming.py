@@ -18,7 +18,6 @@ from cachefold.evaluation.methods import (
     Method,
     has_ratio,
     is_learned,
-    takes_codec,
 )
 from cachefold.models.hub import CONFIG, read_config
 from cachefold.policies import list_policies
@@ -146,11 +145,6 @@ def _named(name: str, codec: str | None, naming: Naming) -> list[Method]:
             f"unknown method {name!r}.{closest(name, [*known, *there])} Methods: "
             f"{', '.join(known)}, or the folder of an artefact (`cachefold ls artefacts`); "
             "each also as NAME+CODEC"
-        )
-    if codec is not None and not takes_codec(name):
-        raise ValueError(
-            f"{name} evicts and keeps entries in the dtype of the model: leave +{codec} out of it, "
-            "and give codecs to methods by name, such as full+int4, instead of --codec"
         )
     return [
         _of_policy(name, cr, codec, naming) for cr in (naming.crs if has_ratio(name) else (None,))

@@ -48,7 +48,7 @@ class Subject:
             go through in pieces of 32 tokens, and only texts of one length together.
 
     Raises:
-        ValueError: a codec for a model or policy that has none, or an option out of range.
+        ValueError: a codec for a dense model, or an option out of range.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> model = LlamaForCausalLM(LlamaConfig(

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from cachefold.attention.call import capped
 from cachefold.cache.evicting import EvictingLayer
+from cachefold.cache.slots import Sight
 from cachefold.core.eviction import FREE, Arrivals, Evictor, Held, attend, evict
 from cachefold.core.rotary import rotate
 from cachefold.models import families
@@ -77,15 +78,30 @@ class Maths:
     def __init__(self, scaling: float, softcap: float | None) -> None:
         self.scaling, self.softcap = scaling, softcap
 
-    def scores(self, query: Tensor, key: Tensor) -> Tensor:
-        """(B, H, Q, D) queries and (B, K, N, D) keys -> (B, K, G, Q, N), at least float32."""
+    def scores(self, query: Tensor, sight: Sight) -> Tensor:
+        """(B, H, Q, D) queries and the entries they see -> (B, K, G, Q, N)."""
+        scores = self._products(query, sight.key)
+        if sight.packed is None:
+            return scores
+        key, _, old = sight.packed
+        return torch.where(old, self._products(query, key), scores)
+
+    def _products(self, query: Tensor, key: Tensor) -> Tensor:
+        """(B, H, Q, D) queries and (B, K, N, D) keys -> (B, K, G, Q, N)."""
         (batch, heads, count, dim), kv_heads = query.shape, key.shape[1]
         rows = query.reshape(batch, kv_heads, -1, dim) * self.scaling
         scores = capped(rows @ key.transpose(2, 3), self.softcap)
         return scores.view(batch, kv_heads, heads // kv_heads, count, -1)
 
-    def sums(self, weights: Tensor, value: Tensor) -> Tensor:
-        """(B, K, G, Q, N) weights and (B, K, N, Dv) values -> (B, H, Q, Dv)."""
+    def sums(self, weights: Tensor, sight: Sight) -> Tensor:
+        """(B, K, G, Q, N) weights and the entries seen -> (B, H, Q, Dv)."""
+        if sight.packed is None:
+            return self._sums(weights, sight.value)
+        _, value, old = sight.packed
+        exact = self._sums(weights.masked_fill(old, 0.0), sight.value)
+        return exact + self._sums(weights.masked_fill(~old, 0.0), value)
+
+    def _sums(self, weights: Tensor, value: Tensor) -> Tensor:
         batch, kv_heads, group, count, width = weights.shape
         rows = weights.reshape(batch, kv_heads, group * count, width).to(value.dtype) @ value
         return rows.view(batch, kv_heads * group, count, -1)
@@ -94,36 +110,43 @@ class Maths:
 def _step(
     layer: EvictingLayer, query: Tensor, key: Tensor, value: Tensor, new: Arrivals, maths: Maths
 ) -> Tensor:
-    """One token after a cache; copies no keys and values but its own. (B, H, 1, Dv)."""
+    """One token after a cache; without a codec it copies only its own keys and values.
+
+    Returns:
+        (B, H, 1, Dv).
+    """
     layer.add(key, value, new)
-    held_key, held_value = layer.read()
+    sight = Sight(*layer.read())
     assert layer.position is not None
-    weights = attend(maths.scores(query, held_key), layer.position[:, :, None])
+    weights = attend(maths.scores(query, sight), layer.position[:, :, None])
     book = Book(layer, layer.position, layer.score)
     victim = book.account(weights[:, :, :, 0], new, 0)
     layer.position, layer.score = book.position, book.score
     layer.vacate(victim, new)
-    return maths.sums(weights, held_value)
+    return maths.sums(weights, sight)
 
 
 def _blocks(
     layer: EvictingLayer, query: Tensor, key: Tensor, value: Tensor, new: Arrivals, maths: Maths
 ) -> Tensor:
     """Any number of tokens, block by block; (B, H, T, Dv)."""
-    held_key, held_value = layer.read()
-    assert layer.position is not None
+    held, slots = layer.columns(new), layer.slots
+    assert layer.position is not None and slots is not None
     book, out = Book(layer, layer.position, layer.score), []
     for start in range(0, query.shape[2], BLOCK):
         part = slice(start, start + BLOCK)
-        held_key = torch.cat([held_key, key[:, :, part]], 2)
-        held_value = torch.cat([held_value, value[:, :, part]], 2)
-        scores = maths.scores(query[:, :, part], held_key)
-        weights = book.block(scores, new.narrow(start, start + BLOCK))
-        out.append(maths.sums(weights, held_value))
+        come = slots.arriving(key[:, :, part], value[:, :, part])
+        held = tuple(torch.cat(both, 2) for both in zip(held, come, strict=True))
+        some = new.narrow(start, start + BLOCK)
+        arrived = some.position.to(query.device)[:, None]
+        position = torch.cat([book.position, arrived.expand(-1, key.shape[1], -1)], 2)
+        sight = slots.sight(held, position, arrived)
+        weights = book.block(maths.scores(query[:, :, part], sight), some)
+        out.append(maths.sums(weights, sight))
         order = book.compact()
         if order is not None:
-            held_key, held_value = (_picked(x, order) for x in (held_key, held_value))
-    layer.fill(held_key, held_value, book.position, book.score)
+            held = tuple(_picked(x, order) for x in held)
+    layer.fill(held, book.position, book.score)
     return torch.cat(out, 2)
 
 

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from cachefold.cache.codecs import get_codec
 from cachefold.core.dial import Dial
 from cachefold.models import families
 from cachefold.models.attention import FoldedAttention, folded_layers
 from cachefold.models.evicting import EvictingAttention
-from cachefold.models.generation import FoldedCausalLM, check_codec, new_cache, supply_cache
+from cachefold.models.generation import FoldedCausalLM, new_cache, supply_cache
 from cachefold.models.lora import adapted_modules, remove_lora
 from cachefold.models.mixing import mix_in, mix_out
 from cachefold.models.run import FoldRun
@@ -66,7 +67,8 @@ def fold(model: PreTrainedModel, policy: Policy, codec: str | None = None) -> Pr
     """
     if is_folded(model):
         raise ValueError("the model is folded already; call unfold(model) first")
-    check_codec(policy, codec)
+    if codec is not None:
+        get_codec(codec)
     full = _foldable(model)
     decisions = [
         None if isinstance(policy, BudgetPolicy) else _build_decision(layer, policy)

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from cachefold.attention.dispatch import check_name
 from cachefold.cache import FoldedCache
-from cachefold.cache.codecs import get_codec
 from cachefold.models.attention import check_cache, folded_layers
 from cachefold.models.dial import check_dial, with_position
 from cachefold.models.run import FoldRun
@@ -108,32 +107,17 @@ def new_cache(
     state: Any = model
     policy: Policy = state._cachefold_policy
     codec = codec or state._cachefold_codec
-    check_codec(policy, codec)
     check_dial(model, cr, preset)
     if isinstance(policy, BudgetPolicy):
         _check_evicting(policy.name, page_size, backend)
-        return FoldedCache(model.config, folded_layers=layers, max_bytes=max_bytes, evictor=policy)
+        return FoldedCache(
+            model.config, folded_layers=layers, max_bytes=max_bytes, evictor=policy, codec=codec
+        )
     return FoldedCache(
         model.config, folded_layers=layers, delay=policy.delay, window=policy.window,
         page_size=page_size, max_bytes=max_bytes, backend=backend, codec=codec, cr=cr,
         preset=preset,
     )  # fmt: skip
-
-
-def check_codec(policy: Policy, codec: str | None) -> None:
-    """Refuses a codec that is unknown, or one for a policy whose entries are not packed.
-
-    Raises:
-        ValueError: says which.
-    """
-    if codec is None:
-        return
-    get_codec(codec)
-    if isinstance(policy, BudgetPolicy):
-        raise ValueError(
-            f"{policy.name} evicts and keeps entries in the dtype of the model: leave codec "
-            f"{codec!r} out; codecs go with policies that fold, such as full"
-        )
 
 
 def _check_evicting(name: str, page_size: int, backend: str) -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from cachefold.cache.codecs import (
     PAGE,
+    Vectors,
     bits_per_element,
     describe_codecs,
     get_codec,
@@ -175,6 +176,54 @@ def test_pages_are_as_large_as_said(name, dims, nbytes):
     assert bits == nbytes * 8 / (32 * sum(dims))
 
 
+@pytest.mark.parametrize("name", list_codecs())
+@settings(max_examples=15, deadline=None)
+@given(dim=st.sampled_from([64, 80, 6]), kind=NUMBERS, seed=st.integers(0, 10**6))
+def test_a_vector_is_packed_without_regard_to_others(name, dim, kind, seed):
+    numbers = draw(kind, dim, seed)
+    for codec in get_codec(name).alone():
+        vectors = Vectors(codec, dim)
+        packed = vectors.encode(numbers)
+        assert packed.shape == (3, PAGE, vectors.nbytes) and packed.dtype == torch.uint8
+        assert torch.equal(vectors.encode(numbers[1:2, 7]), packed[1:2, 7])
+        decoded = vectors.decode(packed)
+        assert decoded.shape == numbers.shape and decoded.isfinite().all()
+        assert torch.equal(vectors.decode(packed[1, 7]), decoded[1, 7])
+        assert vectors.encode(numbers[:0]).shape == (0, PAGE, vectors.nbytes)
+        # A slot that nothing was written to.
+        assert not vectors.decode(torch.zeros_like(packed)).any()
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_vectors_are_wrong_by_half_a_step_of_their_group(bits):
+    numbers, vectors = draw("normal", 80, 0), Vectors(get_codec(f"int{bits}"), 80)
+    wrong = (vectors.decode(vectors.encode(numbers)) - numbers).abs()
+    for first in (0, 32, 64):
+        group = numbers[..., first : first + 32]
+        step = (group.amax(-1) - group.amin(-1)) / (2**bits - 1)
+        assert (wrong[..., first : first + 32] <= 0.5 * step[..., None] + 3e-3).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "dim", "nbytes"),
+    [
+        ("bf16", 64, (128, 128)),
+        ("fp8", 64, (64, 64)),
+        # Codes, then 4 bytes for each group of 32 channels.
+        ("int8", 64, (72, 72)),
+        ("int4", 64, (40, 40)),
+        ("int2", 128, (48, 48)),
+        # A group that is not full takes as much as one that is.
+        ("int4", 80, (60, 60)),
+        # Levels, scales of 2 groups, one outlier, codes.
+        ("kvquant-3", 64, (8 + 8 + 4 + 24, 8 + 8 + 4 + 24)),
+        ("mixed", 64, (40, 24)),
+    ],
+)
+def test_vectors_are_as_large_as_said(name, dim, nbytes):
+    assert tuple(Vectors(codec, dim).nbytes for codec in get_codec(name).alone()) == nbytes
+
+
 def test_unknown_names_teach():
     with pytest.raises(ValueError, match=r"unknown codec 'int5'. Did you mean 'int\d'"):
         get_codec("int5")
@@ -184,7 +233,7 @@ def test_unknown_names_teach():
 
 
 @pytest.mark.parametrize(
-    "name", ["base", "grid", "mixed", "nonuniform", "packing", "plain", "uniform"]
+    "name", ["base", "grid", "mixed", "nonuniform", "packing", "plain", "uniform", "vectors"]
 )
 def test_examples_run(name):
     result = doctest.testmod(importlib.import_module(f"cachefold.cache.codecs.{name}"))

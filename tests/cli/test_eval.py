@@ -28,13 +28,13 @@ def options(folder: Path, out: Path) -> list[object]:
 
 def test_table_files_and_resume(cli: Run, folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    args = ["eval", folder / "artefact", "--against", "tova,full", "--cr", "2,4", "--codec",
-            "none", *options(folder, out)]  # fmt: skip
+    args = ["eval", folder / "artefact", "--against", "tova,full,h2o-cr2+int8", "--cr", "2,4",
+            "--codec", "none", *options(folder, out)]  # fmt: skip
     result = cli(*args)
     assert result.exit_code == 0, result.output
     report = json.loads((out / "eval.json").read_text())
     assert [row["name"] for row in report["rows"]] == [
-        "dense", "artefact", "tova-cr2", "tova-cr4", "full",
+        "dense", "artefact", "tova-cr2", "tova-cr4", "full", "h2o-cr2+int8",
     ]  # fmt: skip
     assert report["settings"]["model"] == str(folder / "base") and report["files"] == ["one", "two"]
     assert report["environment"]["torch"] == torch.__version__

@@ -33,6 +33,7 @@ def test_policies_come_at_every_ratio_and_codec_and_dense_first() -> None:
         "dense", "tova-cr2", "tova-cr4.5", "h2o-cr2", "h2o-cr4.5",
     ]  # fmt: skip
     assert names("full", codecs=(None, "int4")) == ["dense", "full", "full+int4"]
+    assert names("tova+int4,h2o", codecs=("int8",)) == ["dense", "tova-cr2+int4", "h2o-cr2+int8"]
     assert names("full+int2,full+int8", codecs=("int4",)) == ["dense", "full+int2", "full+int8"]
     assert names("tova-cr8,tova", crs=(2.0,)) == ["dense", "tova-cr8", "tova-cr2"]
     assert names("tova,tova") == ["dense", "tova-cr2"]
@@ -43,12 +44,6 @@ def test_methods_say_what_they_are() -> None:
     assert (tova.policy, tova.cr, tova.codec, tova.artefact) == ("tova", 4.0, None, None)
     assert (full.policy, full.cr, full.codec) == ("full", None, "int2")
     assert tova.facts()["weights"] is None and json.dumps(tova.facts())
-
-
-@pytest.mark.parametrize(("word", "codecs"), [("tova+int4", (None,)), ("tova", ("int4",))])
-def test_a_codec_for_a_policy_that_evicts_is_refused(word: str, codecs: tuple) -> None:
-    with pytest.raises(ValueError, match=r"tova evicts .*leave \+int4 out"):
-        parse_methods([word], Naming(base="b", codecs=codecs))
 
 
 def test_a_dial_is_a_method_at_every_ratio(tmp_path: Path) -> None:

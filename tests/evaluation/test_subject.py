@@ -96,7 +96,7 @@ def test_scores_and_footprints_do_not_depend_on_the_batch(kind, batch_size):
     ("policy", "codec"),
     [
         (TOVA(cr=2), None), (H2O(cr=2), None), (Streaming(budget=12), None), (Random(cr=2), None),
-        (DMC(delay=2), "int4"),
+        (DMC(delay=2), "int4"), (TOVA(cr=2), "int4"), (H2O(cr=2), "int8"),
     ],
 )  # fmt: skip
 def test_every_policy_and_codec_scores_a_text_as_it_does_alone(policy, codec):
@@ -109,7 +109,10 @@ def test_every_policy_and_codec_scores_a_text_as_it_does_alone(policy, codec):
         assert one.logprob == pytest.approx(other.logprob, abs=1e-3)
     assert any(abs(a.logprob - b.logprob) > 1e-3 for a, b in zip(dense, found, strict=True))
     assert together.footprint.cr == pytest.approx(alone.footprint.cr)
-    assert together.footprint.cr > 1.2 and together.footprint.bytes_ratio < 0.9
+    assert together.footprint.cr > 1.2
+    # These texts have hardly more tokens than a cache that evicts and packs has exact copies.
+    if codec is None or isinstance(policy, DMC):
+        assert together.footprint.bytes_ratio < 0.9
 
 
 def test_the_codec_of_the_fold_is_used_and_fed_in_pieces():

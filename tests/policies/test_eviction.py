@@ -18,8 +18,12 @@ POLICIES = [
 ]  # fmt: skip
 
 
-def kept_by_loop(policy, query, key, scaling: float) -> list[list[list[int]]]:
-    """Tokens that every kv head holds while each query attends, by token and head."""
+def kept_by_loop(policy, query, key, scaling: float, packed=None) -> list[list[list[int]]]:
+    """Tokens that every kv head holds while each query attends, by token and head.
+
+    `packed` are the keys as a codec makes them, which queries see of all but the first 4 tokens
+    and the newest 32.
+    """
     heads, kv_heads, tokens = query.shape[0], key.shape[0], query.shape[1]
     group = heads // kv_heads
     held: list[list[int]] = [[] for _ in range(kv_heads)]
@@ -32,7 +36,9 @@ def kept_by_loop(policy, query, key, scaling: float) -> list[list[list[int]]]:
         weights = [[0.0] * tokens for _ in range(heads)]
         for h in range(heads):
             some = held[h // group]
-            scores = [float(key[h // group, j] @ query[h, t]) * scaling for j in some]
+            seen_as = [key if packed is None or j < 4 or t - j < 32 else packed for j in some]
+            scores = [float(keys[h // group, j] @ query[h, t]) * scaling
+                      for keys, j in zip(seen_as, some, strict=True)]  # fmt: skip
             top = max(scores)
             total = sum(math.exp(s - top) for s in scores)
             for j, s in zip(some, scores, strict=True):
@@ -149,11 +155,3 @@ def test_options_are_checked(name):
 def test_a_budget_below_sinks_and_newest_is_refused_with_the_minimum():
     with pytest.raises(ValueError, match="for streaming at least 5; got 4"):
         Streaming(budget=4)
-
-
-def test_a_codec_is_refused_by_the_fold_and_by_a_new_cache():
-    model = tiny_model()
-    with pytest.raises(ValueError, match="tova evicts .* leave codec 'int4' out"):
-        fold(model, TOVA(cr=2.0), codec="int4")
-    with folded(model, TOVA(cr=2.0)), pytest.raises(ValueError, match="leave codec 'int4' out"):
-        new_cache(model, codec="int4")

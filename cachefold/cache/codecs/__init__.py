@@ -1,4 +1,4 @@
-"""How closed entries are stored: one codec, one short file; `base` holds the registry."""
+"""How entries are stored: one codec, one short file; `base` holds the registry."""
 
 from cachefold.cache.codecs.base import (
     PAGE,
@@ -12,6 +12,7 @@ from cachefold.cache.codecs.mixed import Mixed
 from cachefold.cache.codecs.nonuniform import NonUniform
 from cachefold.cache.codecs.plain import Float
 from cachefold.cache.codecs.uniform import Uniform
+from cachefold.cache.codecs.vectors import Vectors
 
 __all__ = [
     "PAGE",
@@ -20,6 +21,7 @@ __all__ = [
     "Mixed",
     "NonUniform",
     "Uniform",
+    "Vectors",
     "bits_per_element",
     "describe_codecs",
     "get_codec",

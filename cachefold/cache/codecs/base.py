@@ -30,6 +30,10 @@ class Codec(Protocol):
         """Whether `encode` needs the mass of the entries."""
         ...
 
+    def alone(self) -> tuple[Codec, Codec]:
+        """What packs the key and the value of an entry without a page; see `vectors`."""
+        ...
+
     def page_nbytes(self, key_dim: int, value_dim: int) -> int:
         """Bytes of a packed page, scales and all else included."""
         ...
@@ -41,7 +45,7 @@ class Codec(Protocol):
 
         Args:
             key: (N, PAGE, D) of any floating type, finite.
-            value: (N, PAGE, Dv).
+            value: (N, PAGE, Dv); Dv = 0 takes no bytes.
             mass: (N, PAGE) importance of the entries; only needed if it `weighs`, without `like`.
             like: (N, page_nbytes) uint8, packed pages whose scales, levels and places are taken
                 over, so that entries of a page can be replaced and all others keep their bits:

@@ -73,9 +73,10 @@ def groups(value: Tensor) -> Tensor:
     >>> groups(torch.arange(40.0).expand(1, 1, 40))[0, 0, 1, 6:9].tolist()
     [38.0, 39.0, 39.0]
     """
-    missing = -value.shape[-1] % GROUP
+    channels = value.shape[-1]
+    missing = -channels % GROUP
     value = F.pad(value, (0, missing), mode="replicate") if missing else value
-    return value.unflatten(-1, (-1, GROUP))
+    return value.unflatten(-1, (num_groups(channels), GROUP))
 
 
 def num_groups(channels: int) -> int:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cachefold.cache.codecs.base import PAGE, register
+from cachefold.cache.codecs.base import PAGE, Codec, register
 from cachefold.cache.codecs.grid import Grid, groups, num_groups, span, ungroup
 from cachefold.cache.codecs.packing import Sections, as_bytes, pack, packed_size, unpack
+from cachefold.cache.codecs.uniform import Uniform
 
 HALF = PAGE // 2
 
@@ -40,6 +41,10 @@ class Mixed:
     def weighs(self) -> bool:
         """Yes."""
         return True
+
+    def alone(self) -> tuple[Codec, Codec]:
+        """More bits for the key: an entry alone has no other to weigh against."""
+        return Uniform(self.high), Uniform(self.low)
 
     def page_nbytes(self, key_dim: int, value_dim: int) -> int:
         """Bytes of a packed page: which half, two float16 for each grid, codes."""

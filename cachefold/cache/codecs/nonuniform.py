@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cachefold.cache.codecs.base import PAGE, register
+from cachefold.cache.codecs.base import PAGE, Codec, register
 from cachefold.cache.codecs.grid import FINEST, HALF_MAX, HALF_TINY
 from cachefold.cache.codecs.packing import Sections, as_bytes, pack, packed_size, unpack
 
@@ -53,6 +53,10 @@ class NonUniform:
         """No."""
         return False
 
+    def alone(self) -> tuple[Codec, Codec]:
+        """The same for both."""
+        return self, self
+
     def page_nbytes(self, key_dim: int, value_dim: int) -> int:
         """Bytes of a packed page: levels, scales, outliers with their places, codes."""
         if PAGE * max(key_dim, value_dim) > MOST_PLACES:
@@ -60,10 +64,14 @@ class NonUniform:
                 f"heads of {max(key_dim, value_dim)} channels are too large for codec kvquant, "
                 f"which counts places up to {MOST_PLACES} in a page; use int4 or int2"
             )
-        scales = 2 * torch.float16.itemsize * (key_dim + PAGE)
-        numbers = key_dim + value_dim
-        outliers = (self._outliers(key_dim) + self._outliers(value_dim)) * 4
-        return 2 * 2**self.bits + scales + outliers + packed_size(PAGE, self.bits) * numbers
+        return self._nbytes(key_dim, key_dim) + self._nbytes(value_dim, PAGE)
+
+    def _nbytes(self, channels: int, scales: int) -> int:
+        """Bytes of the keys, or of the values, of a page."""
+        if not channels:
+            return 0
+        codes = packed_size(PAGE, self.bits) * channels
+        return 2**self.bits + 4 * scales + 4 * self._outliers(channels) + codes
 
     def _outliers(self, channels: int) -> int:
         """X."""
@@ -76,6 +84,8 @@ class NonUniform:
         held = None if like is None else Sections(like)
         parts: list[Tensor] = []
         for numbers, dim in ((key.float(), 1), (value.float(), 2)):
+            if not numbers.shape[2]:
+                continue
             if held is None:
                 levels = self._fit(numbers, dim)
             else:
@@ -87,6 +97,9 @@ class NonUniform:
         """Unpacks pages; see `Codec`."""
         sections, found = Sections(packed), []
         for channels, dim in ((key_dim, 1), (value_dim, 2)):
+            if not channels:
+                found.append(torch.zeros(len(packed), PAGE, 0, device=packed.device))
+                continue
             levels, kept, codes = self._take(sections, channels, dim)
             points = levels.points.float() / LEVEL_UNIT
             numbers = points.gather(1, codes.flatten(1).long()).view_as(codes)

@@ -97,6 +97,8 @@ class Sections:
         count = dtype.itemsize
         for size in shape:
             count *= size
+        if not count:
+            return self._packed.new_empty(len(self._packed), *shape, dtype=dtype)
         # A copy: a view of another type needs aligned bytes.
         part = self._packed.narrow(1, self._start, count).clone(
             memory_format=torch.contiguous_format

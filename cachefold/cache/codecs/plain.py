@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cachefold.cache.codecs.base import PAGE, register
+from cachefold.cache.codecs.base import PAGE, Codec, register
 from cachefold.cache.codecs.packing import Sections, as_bytes
 
 
@@ -34,6 +34,10 @@ class Float:
     def weighs(self) -> bool:
         """No."""
         return False
+
+    def alone(self) -> tuple[Codec, Codec]:
+        """The same for both."""
+        return self, self
 
     def page_nbytes(self, key_dim: int, value_dim: int) -> int:
         """Bytes of a packed page."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cachefold.cache.codecs.base import PAGE, register
+from cachefold.cache.codecs.base import PAGE, Codec, register
 from cachefold.cache.codecs.grid import Grid, fit, groups, num_groups, ungroup
 from cachefold.cache.codecs.packing import Sections, as_bytes, pack, packed_size, unpack
 
@@ -37,6 +37,10 @@ class Uniform:
     def weighs(self) -> bool:
         """No."""
         return False
+
+    def alone(self) -> tuple[Codec, Codec]:
+        """The same for both."""
+        return self, self
 
     def page_nbytes(self, key_dim: int, value_dim: int) -> int:
         """Bytes of a packed page: codes, and two float16 for each grid."""
