@@ -33,13 +33,16 @@ def find(path: Path) -> Path:
     return beside if not path.exists() and beside.exists() else path
 
 
-def load_artefact(folder: Path, dtype: str = "bfloat16", cr: float | None = None) -> Loaded:
+def load_artefact(
+    folder: Path, dtype: str = "bfloat16", cr: float | None = None, merge: bool = False
+) -> Loaded:
     """Loads an artefact and its base model (zoo name, folder or hub id), on CUDA when there.
 
     Args:
         folder: of the artefact.
         dtype: of the base model.
         cr: ratio to set a dial to; None = as it is.
+        merge: add the adapters into the weights, where nothing is compared with the dense model.
 
     Raises:
         ValueError: no artefact, unknown dtype, or the base model can't be loaded.
@@ -62,7 +65,7 @@ def load_artefact(folder: Path, dtype: str = "bfloat16", cr: float | None = None
     logging.disable_progress_bar()
     base, tokenizer = load_base(str(config["base"]["id"]), getattr(torch, dtype))
     _check_revision(config, base)
-    model: Any = load_folded(folder, base, cr=cr)
+    model: Any = load_folded(folder, base, cr=cr, merge=merge)
     if torch.cuda.is_available():
         model.to("cuda")
     return Loaded(model, tokenizer, config)

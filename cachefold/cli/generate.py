@@ -40,7 +40,7 @@ def run(
     text = _read_prompt(prompt, prompt_file)
     from cachefold.cli._artefact import load_artefact
 
-    loaded = load_artefact(artefact, dtype, cr)
+    loaded = load_artefact(artefact, dtype, cr, merge=True)
     import torch
 
     from cachefold.models.fold import new_cache

@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from cachefold.evaluation.reading import Reading
 from cachefold.evaluation.subject import Subject
 from cachefold.evaluation.task import Estimate, check_limit, data_file
-from cachefold.models.fold import FoldRun, is_folded
+from cachefold.models.fold import FoldRun, check_unmerged, is_folded
 from cachefold.models.lora import adapters_disabled
 from cachefold.text import Row, load_blocks, read_file
 
@@ -207,6 +207,8 @@ def heldout_loss(
     """
     if not is_folded(model):
         raise ValueError("the model is not folded; load an artefact or call fold(model, policy)")
+    if base is None:
+        check_unmerged(model, "compared with its dense self")
     return [_measure_file(model, base, tokenizer, Path(file), pieces, tokens) for file in files]
 
 

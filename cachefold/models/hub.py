@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cachefold.models.dial import turn_dial
-from cachefold.models.fold import fold, is_folded, unfold
+from cachefold.models.fold import check_unmerged, fold, is_folded, merge_adapters, unfold
 from cachefold.models.lora import add_lora, lora_rank
 from cachefold.policies import get_policy, policy_class
 from cachefold.policies.budget import BudgetPolicy
@@ -90,7 +90,8 @@ def save_folded(
         The folder.
 
     Raises:
-        ValueError: the model is not folded, or by a policy that learns nothing.
+        ValueError: the model is not folded, by a policy that learns nothing, or its adapters are
+            merged into the weights.
 
     >>> import tempfile
     >>> from cachefold import DMC, fold
@@ -108,6 +109,7 @@ def save_folded(
             f"{name} learns nothing, so that there is nothing to save; load the base model and "
             "call fold(model, policy) again"
         )
+    check_unmerged(model, "saved as an artefact")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = _config(model, base) | (extra or {})
@@ -171,6 +173,7 @@ def load_folded(
     *,
     cr: float | None = None,
     preset: str | None = None,
+    merge: bool = False,
 ) -> PreTrainedModel:
     """Folds `base_model` in place with an artefact's policy and weights.
 
@@ -179,6 +182,7 @@ def load_folded(
         base_model: the dense base model, freshly loaded.
         cr: ratio that a dial is set to unless a cache asks for another; None = the policy's own.
         preset: kind of text meant unless a cache names another; None = `bulk`.
+        merge: add the adapters into the weights, for faster decoding; see `merge_adapters`.
 
     Returns:
         The same model, folded, in eval mode.
@@ -211,4 +215,6 @@ def load_folded(
         for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)
         raise
+    if merge:
+        merge_adapters(base_model)
     return base_model.eval().requires_grad_(False)

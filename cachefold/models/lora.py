@@ -54,6 +54,21 @@ def remove_lora(model: PreTrainedModel, keep: Collection[str] = ()) -> PreTraine
     return model
 
 
+def merge_lora(model: PreTrainedModel, keep: Collection[str] = ()) -> PreTrainedModel:
+    """Adds the adapters into the weights of their base layers, in place, and takes them off.
+
+    Equal up to rounding to the dtype of the weights. The base weights are lost.
+
+    Args:
+        model: with or without adapters.
+        keep: names of adapted modules to leave alone.
+    """
+    for name, module in adapted_modules(model).items():
+        if name not in keep:
+            module.merge()
+    return remove_lora(model, keep)
+
+
 @contextmanager
 def adapters_disabled(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """Turns LoRA off for the length of a `with` block; with it off the base weights are alone.

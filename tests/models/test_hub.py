@@ -30,6 +30,10 @@ def test_round_trip(tmp_path):
     with torch.no_grad():  # with gradients another backend, which rounds otherwise
         assert torch.equal(loaded(ids).logits, model(ids).logits)
     assert not torch.equal(loaded(ids).logits, tiny_model()(ids).logits)
+    merged = load_folded(tmp_path, tiny_model(), merge=True)
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, loaded(ids).logits)
+    assert not any("lora_" in name for name, _ in merged.named_parameters())
 
 
 def test_bad_artefacts_are_refused(tmp_path):

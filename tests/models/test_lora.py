@@ -6,7 +6,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from cachefold import DMC, fold, unfold
+from cachefold import DMC, fold, save_folded, unfold
+from cachefold.evaluation.perplexity import heldout_loss
+from cachefold.models.fold import merge_adapters
 from cachefold.models.lora import adapted_modules, adapters_disabled, add_lora, lora_rank
 from tests.models.tiny import random_ids, tiny_model
 
@@ -59,3 +61,28 @@ def test_disabling_adapters_restores_switches_and_gradients():
         raise KeyError
     assert [parameter.requires_grad for parameter in model.parameters()] == flags
     assert [layer.disable_adapters for layer in layers] == [True] + [False] * (len(layers) - 1)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Phi3"])
+def test_merged_adapters_change_nothing_but_what_can_be_taken_back(family, tmp_path):
+    model, ids = _trained(family), random_ids(1, 9)
+    before = model(ids).logits
+    assert merge_adapters(model) is model and not adapted_modules(model)
+    torch.testing.assert_close(model(ids).logits, before)
+    for use in (unfold, lambda model: save_folded(model, tmp_path, base={"id": "tiny"})):
+        with pytest.raises(ValueError, match="merged into the weights"):
+            use(model)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_merged_model_has_no_dense_self_to_be_compared_with():
+    model = merge_adapters(_trained())
+    with pytest.raises(ValueError, match="compared with its dense self"):
+        heldout_loss(model, None, [])
+
+
+def test_nothing_to_merge_leaves_the_way_back():
+    model = merge_adapters(fold(tiny_model(), DMC()))
+    assert isinstance(unfold(model), LlamaForCausalLM)
+    with pytest.raises(ValueError, match="not folded"):
+        merge_adapters(model)
