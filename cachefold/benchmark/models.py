@@ -13,7 +13,7 @@ from cachefold.benchmark.config import BenchConfig
 from cachefold.benchmark.machine import device
 from cachefold.benchmark.parity import check_logits
 from cachefold.benchmark.synthetic import Shape
-from cachefold.models.fold import fold, new_cache
+from cachefold.models.fold import fold, merge_weights, new_cache
 from cachefold.policies import DMC
 from cachefold.zoo import load_base
 
@@ -59,7 +59,9 @@ def make_pair(model: Any, dtype: str) -> Pair:
     """Folds a model in place and keeps a dense twin."""
     dense = imposed.dense_twin(model)
     policy = DMC()
-    return Pair(dtype, fold(model, policy), dense, Shape.of(model.config, policy.delay))
+    # As users load an artefact to serve it. The dense twin goes on reading its three weights.
+    folded = merge_weights(fold(model, policy))
+    return Pair(dtype, folded, dense, Shape.of(model.config, policy.delay))
 
 
 def check_pair(pair: Pair, backend: str, seed: int) -> None:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from cachefold.core.names import closest
 
 SUPPORTED = ("gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")
+
+
+JOINED, JOINED_BIAS = "joined_weight", "joined_bias"
+"""Buffers of an attention layer whose projections are laid into one."""
 
 
 def attention_layers(model: PreTrainedModel) -> list[Any]:
@@ -40,8 +46,11 @@ def is_full_attention(attention: Any) -> bool:
 def project(attention: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Query (B, H, T, D), key and value (B, K, T, D), normed where the family does, unrotated."""
     # Looked up in the dict: hasattr on a module is slow where the answer is no.
-    modules = attention._modules
-    if "qkv_proj" in modules:
+    modules, weight = attention._modules, attention._buffers.get(JOINED)
+    if weight is not None:
+        joined = functional.linear(hidden_states, weight, attention._buffers[JOINED_BIAS])
+        parts = joined.split(_fused_sizes(attention), -1)
+    elif "qkv_proj" in modules:
         parts = attention.qkv_proj(hidden_states).split(_fused_sizes(attention), -1)
     else:
         parts = (
@@ -58,6 +67,38 @@ def project(attention: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tens
     if "q_norm" in modules:
         query, key = attention.q_norm(query), attention.k_norm(key)
     return query, key, value
+
+
+def join_projections(attention: Any) -> None:
+    """Lays query, key and value weights into one, for `project` to read in one product.
+
+    The separate weights become views of it. Nothing happens to projections that are fused already
+    or that carry adapters.
+    """
+    names = ("q_proj", "k_proj", "v_proj")
+    parts: list[Any] = [attention._modules.get(name) for name in names]
+    if not all(type(part) is nn.Linear for part in parts):
+        return
+    biases = [part.bias for part in parts if part.bias is not None]
+    if len(biases) not in (0, len(parts)):
+        return
+    bias = torch.cat([bias.data for bias in biases]) if biases else None
+    attention.register_buffer(JOINED_BIAS, bias, persistent=False)
+    weight = torch.cat([part.weight.data for part in parts])
+    attention.register_buffer(JOINED, weight, persistent=False)
+    for part, view in zip(parts, weight.split(_fused_sizes(attention)), strict=True):
+        part.weight.data = view
+
+
+def part_projections(attention: Any) -> None:
+    """Undoes `join_projections`; every weight then has memory of its own."""
+    if attention._buffers.pop(JOINED, None) is None:
+        return
+    del attention._buffers[JOINED_BIAS]
+    attention._non_persistent_buffers_set -= {JOINED, JOINED_BIAS}
+    for name in ("q_proj", "k_proj", "v_proj"):
+        weight = attention._modules[name].weight
+        weight.data = weight.data.clone()
 
 
 def _fused_sizes(attention: Any) -> list[int]:

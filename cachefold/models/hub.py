@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cachefold.models.dial import turn_dial
-from cachefold.models.fold import check_unmerged, fold, is_folded, merge_adapters, unfold
+from cachefold.models.fold import check_unmerged, fold, is_folded, merge_weights, unfold
 from cachefold.models.lora import add_lora, lora_rank
 from cachefold.policies import get_policy, policy_class
 from cachefold.policies.budget import BudgetPolicy
@@ -182,7 +182,7 @@ def load_folded(
         base_model: the dense base model, freshly loaded.
         cr: ratio that a dial is set to unless a cache asks for another; None = the policy's own.
         preset: kind of text meant unless a cache names another; None = `bulk`.
-        merge: add the adapters into the weights, for faster decoding; see `merge_adapters`.
+        merge: lay adapters and projections together, for faster decoding; see `merge_weights`.
 
     Returns:
         The same model, folded, in eval mode.
@@ -216,5 +216,5 @@ def load_folded(
             parameter.requires_grad_(requires_grad)
         raise
     if merge:
-        merge_adapters(base_model)
+        merge_weights(base_model)
     return base_model.eval().requires_grad_(False)

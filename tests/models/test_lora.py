@@ -8,7 +8,8 @@ from transformers import LlamaForCausalLM
 
 from cachefold import DMC, fold, save_folded, unfold
 from cachefold.evaluation.perplexity import heldout_loss
-from cachefold.models.fold import merge_adapters
+from cachefold.models.families import project
+from cachefold.models.fold import merge_weights
 from cachefold.models.lora import adapted_modules, adapters_disabled, add_lora, lora_rank
 from tests.models.tiny import random_ids, tiny_model
 
@@ -67,7 +68,7 @@ def test_disabling_adapters_restores_switches_and_gradients():
 def test_merged_adapters_change_nothing_but_what_can_be_taken_back(family, tmp_path):
     model, ids = _trained(family), random_ids(1, 9)
     before = model(ids).logits
-    assert merge_adapters(model) is model and not adapted_modules(model)
+    assert merge_weights(model) is model and not adapted_modules(model)
     torch.testing.assert_close(model(ids).logits, before)
     for use in (unfold, lambda model: save_folded(model, tmp_path, base={"id": "tiny"})):
         with pytest.raises(ValueError, match="merged into the weights"):
@@ -76,13 +77,33 @@ def test_merged_adapters_change_nothing_but_what_can_be_taken_back(family, tmp_p
 
 
 def test_a_merged_model_has_no_dense_self_to_be_compared_with():
-    model = merge_adapters(_trained())
+    model = merge_weights(_trained())
     with pytest.raises(ValueError, match="compared with its dense self"):
         heldout_loss(model, None, [])
 
 
-def test_nothing_to_merge_leaves_the_way_back():
-    model = merge_adapters(fold(tiny_model(), DMC()))
-    assert isinstance(unfold(model), LlamaForCausalLM)
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3", "Phi3"])
+def test_nothing_to_merge_leaves_the_way_back(family):
+    original, ids = tiny_model(family), random_ids(1, 9)
+    model = fold(tiny_model(family), DMC())
+    before, names = model(ids).logits, set(model.state_dict())
+    merge_weights(model)
+    torch.testing.assert_close(model(ids).logits, before)
+    assert set(model.state_dict()) == names
+    unfold(model)
+    assert torch.equal(model(ids).logits, original(ids).logits)
+    assert len([*model.buffers()]) == len([*original.buffers()])
+    pointers = [p.untyped_storage().data_ptr() for p in model.parameters()]
+    assert len(set(pointers)) == len(pointers)
     with pytest.raises(ValueError, match="not folded"):
-        merge_adapters(model)
+        merge_weights(model)
+
+
+def test_queries_keys_and_values_come_from_one_product(monkeypatch):
+    model = merge_weights(fold(tiny_model(), DMC()))
+    attention, hidden = model.model.layers[0].self_attn, torch.randn(2, 3, 32)
+    apart = [linear(hidden) for linear in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
+        monkeypatch.setattr(linear, "forward", None)
+    for joined, part in zip(project(attention, hidden), apart, strict=True):
+        torch.testing.assert_close(joined.transpose(1, 2).flatten(2), part)
