@@ -12,7 +12,7 @@ demo: $(INSTALLED)
 	$(BIN)/cachefold demo
 
 test: $(INSTALLED) $(GEMMA)
-	$(BIN)/python -m pytest -m "not slow and not gpu and not network"
+	$(BIN)/python -m pytest
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -22,7 +22,7 @@ from torch import Tensor
 from cachefold.models.lora import add_lora
 from cachefold.retrofit.config import DataConfig, RetrofitConfig, TrainConfig
 from cachefold.retrofit.data import PackedDataset
-from cachefold.retrofit.run import prepare
+from cachefold.retrofit.prepare import prepare
 from cachefold.retrofit.trainer import RetrofitTrainer
 from cachefold.zoo import load_base
 

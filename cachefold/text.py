@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -104,9 +105,9 @@ def pack(
     Raises:
         TextError: no text, or less than one sequence.
     """
-    stream: list[int] = []
+    stream = array("q")  # int64; a list would take five times the memory
     for ids in token_lists:
-        stream += ids
+        stream.extend(ids)
         if end is not None:
             stream.append(end)
     if not stream:
@@ -114,9 +115,10 @@ def pack(
     width = tokens - len(start)
     if len(stream) < width:
         raise TextError(
-            f"the text has {len(stream)} tokens, less than one sequence of {width}", about="length"
+            f"the text has {len(stream) + len(start)} tokens, less than one sequence of {tokens}",
+            about="length",
         )
-    blocks = torch.tensor(stream).unfold(0, width, stride or width)
+    blocks = torch.frombuffer(stream, dtype=torch.int64).unfold(0, width, stride or width)
     before = torch.tensor(start, dtype=torch.int64).expand(len(blocks), -1)
     return torch.cat([before, blocks], 1)
 

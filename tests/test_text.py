@@ -62,7 +62,7 @@ def test_every_sequence_begins_as_the_tokenizer_begins_a_text(tmp_path: Path) ->
     assert load(4).tolist() == [[1, a, b, c], [1, 0, d, e]]
     assert load(4, stride=2).tolist() == [[1, a, b, c], [1, c, 0, d], [1, d, e, 0]]
     assert load(8).tolist() == [[1, a, b, c, 0, d, e, 0]]
-    with pytest.raises(text.TextError, match="has 7 tokens, less than one sequence of 8"):
+    with pytest.raises(text.TextError, match="has 8 tokens, less than one sequence of 9"):
         load(9)
 
 

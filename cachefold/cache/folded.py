@@ -44,6 +44,7 @@ class FoldedCache(Cache):
         cr: ratio that a model with a dial is asked for, tokens seen / entries kept; None = that
             of its policy.
         preset: kind of text its dial was calibrated for, such as `code`; None = the default one.
+        kv_heads: kv heads that are left after pooling; None = those of the model.
 
     Raises:
         ValueError: an index out of range, a layer whose cache can't be folded, paging options
@@ -69,6 +70,7 @@ class FoldedCache(Cache):
         codec: str | None = None,
         cr: float | None = None,
         preset: str | None = None,
+        kv_heads: int | None = None,
     ) -> None:
         if not paged:
             raise ValueError(
@@ -96,6 +98,7 @@ class FoldedCache(Cache):
         self.codec = codec
         self.cr = cr
         self.preset = preset
+        self.kv_heads = kv_heads
         text = config.get_text_config(decoder=True)
         self.num_kv_heads: int = (
             getattr(text, "num_key_value_heads", None) or text.num_attention_heads

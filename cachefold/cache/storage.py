@@ -51,6 +51,9 @@ def _facts(cache: FoldedCache) -> dict[str, Any]:
         "num_layers": len(cache.layers),
         "folded_layers": cache.folded_layers,
         "num_kv_heads": cache.num_kv_heads,
+        "kv_heads": cache.kv_heads,
+        "cr": cache.cr,
+        "preset": cache.preset,
         "head_dim": cache.head_dim,
         "dtype": None if cache.dtype is None else str(cache.dtype).removeprefix("torch."),
         "kinds": [type(layer).__name__ for layer in cache.layers],
@@ -117,10 +120,12 @@ def _check_shapes(cache: FoldedCache, parts: dict[str, Tensor], path: str | Path
         if name not in parts:
             continue
         heads, dim = parts[name].shape[1], parts[name].shape[-1]
-        if (heads, dim) != (cache.num_kv_heads, cache.head_dim):
+        pooled = None if name == "keys" else cache.kv_heads  # of a layer that stays dense
+        wanted = (pooled or cache.num_kv_heads, cache.head_dim)
+        if (heads, dim) != wanted:
             raise ValueError(
                 f"{path} holds {heads} kv heads of {dim} channels, but the model has "
-                f"{cache.num_kv_heads} of {cache.head_dim}; load it for the model it came from"
+                f"{wanted[0]} of {wanted[1]}; load it for the model it came from"
             )
     if cache.codec is None:
         return

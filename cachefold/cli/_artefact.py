@@ -58,6 +58,7 @@ def load_artefact(
     import torch
     from transformers.utils import logging
 
+    from cachefold.models.fold import merge_weights
     from cachefold.models.hub import load_folded, read_config
     from cachefold.zoo import load_base
 
@@ -65,9 +66,11 @@ def load_artefact(
     logging.disable_progress_bar()
     base, tokenizer = load_base(str(config["base"]["id"]), getattr(torch, dtype))
     _check_revision(config, base)
-    model: Any = load_folded(folder, base, cr=cr, merge=merge)
+    model: Any = load_folded(folder, base, cr=cr)
     if torch.cuda.is_available():
         model.to("cuda")
+    if merge:
+        merge_weights(model)
     return Loaded(model, tokenizer, config)
 
 

@@ -36,8 +36,9 @@ def run(
     ratios: list[float | None] = [
         check_ratio(word.strip()) for word in cr.split(",") if word.strip()
     ]
+    out = out / name
     if not shipped:
-        folder, out = _train(recipe, out / name), out / name
+        folder = _train(recipe, out)
     from cachefold.evaluation.heldout import measure_artefact
     from cachefold.retrofit.card import HELDOUT
 
@@ -45,9 +46,10 @@ def run(
         measure_artefact(folder, cr=ratio, pieces=pieces, tokens=tokens, progress=print)
         for ratio in ratios or [None]
     ]
-    out.mkdir(parents=True, exist_ok=True)
-    (out / HELDOUT).write_text(json.dumps(tables, indent=2) + "\n", encoding="utf-8")
-    print(f"written: {out / HELDOUT}")
+    place = out if shipped else folder  # beside new weights, where `cachefold card` looks for it
+    place.mkdir(parents=True, exist_ok=True)
+    (place / HELDOUT).write_text(json.dumps(tables, indent=2) + "\n", encoding="utf-8")
+    print(f"written: {place / HELDOUT}")
     _compare(find(Path("artefacts") / name), tables)
 
 
@@ -85,7 +87,7 @@ def _compare(shipped: Path, tables: list[dict[str, Any]]) -> None:
     recorded = json.loads(path.read_text(encoding="utf-8"))
     for old in recorded:
         for new in tables:
-            if (old["cr"], old["tokens"]) == (new["cr"], new["tokens"]):
+            if all(old[key] == new[key] for key in ("cr", "pieces", "tokens")):
                 print(
                     f"shipped, cr {new['cr']:g}: mean increase {old['mean_increase']:+.4f} as "
                     f"recorded, {new['mean_increase']:+.4f} measured now"

@@ -57,14 +57,14 @@ class Dial:
     """The one meant where none is named."""
 
     def table(self, preset: str | None) -> Sequence[tuple[float, float]]:
-        """The pairs of a preset (None = the usual one); none where nothing is calibrated.
+        """The pairs of a preset (None = the usual one); none for `bulk` that isn't calibrated.
 
         Raises:
             ValueError: not calibrated for this preset.
         """
-        if not self.tables and (preset or self.preset) == DEFAULT_PRESET:
-            return ()
         name = preset or self.preset
+        if name == DEFAULT_PRESET and name not in self.tables:
+            return ()
         if name not in self.tables:
             known = ", ".join(self.tables) or "none; run `cachefold calibrate`"
             raise ValueError(

@@ -49,17 +49,22 @@ def measure_artefact(
     config = read_config(folder)
     model, tokenizer = load_base(str(config["base"]["id"]), getattr(torch, dtype))
     load_folded(folder, model, cr=cr)
+    # Adapters can be switched off; what trained all weights has no dense self any more.
+    base = None if config["lora_rank"] else load_base(str(config["base"]["id"]), model.dtype)[0]
     progress(HEADER)
     rows: list[HeldOutLoss] = []
     for name in FILES:
         if name in PRESETS and name in config.get("dial", {}):
             turn_dial(model, config["dial"], preset=name)
         rows += heldout_loss(
-            model, tokenizer, [data_file(f"heldout/{name}.jsonl.gz")], pieces=pieces, tokens=tokens
-        )
+            model, tokenizer, [data_file(f"heldout/{name}.jsonl.gz")], pieces=pieces,
+            tokens=tokens, base=base,
+        )  # fmt: skip
         turn_dial(model, config.get("dial", {}))
         progress(line(rows[-1]))
-    facts = _facts(rows) | {"cr": cr or config["policy"].get("cr"), "tokens": tokens}
+    facts = _facts(rows) | {
+        "cr": cr or config["policy"].get("cr") or config["cr"], "pieces": pieces, "tokens": tokens,
+    }  # fmt: skip
     progress(
         f"mean increase {facts['mean_increase']:+.4f} nats/token, cr {facts['least_cr']:.3f} to "
         f"{facts['most_cr']:.3f}, {dtype}"

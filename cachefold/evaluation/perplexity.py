@@ -203,7 +203,8 @@ def heldout_loss(
         One result per file.
 
     Raises:
-        ValueError: the model is not folded, or a file gives not one piece.
+        ValueError: the model is not folded, its adapters are merged so that it has no dense self,
+            or a file gives not one piece.
     """
     if not is_folded(model):
         raise ValueError("the model is not folded; load an artefact or call fold(model, policy)")

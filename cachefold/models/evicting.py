@@ -181,7 +181,8 @@ class Book:
             weights = weights.detach()
             real = new.position[:, query] >= 0
             if not bool(real.all()):
-                weights = weights * real.to(weights.device)[:, None, None, None]
+                unreal = ~real.to(weights.device)[:, None, None, None]
+                weights = weights.masked_fill(unreal, 0.0)  # not times 0: padding may be NaN
             score = self.evictor.score(score, weights)
             self.score = score if self.evictor.cumulative else None
         if not due:

@@ -14,6 +14,7 @@ from cachefold.core.names import closest
 SUPPORTED = ("gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")
 
 
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 JOINED, JOINED_BIAS = "joined_weight", "joined_bias"
 """Buffers of an attention layer whose projections are laid into one."""
 
@@ -46,9 +47,10 @@ def is_full_attention(attention: Any) -> bool:
 def project(attention: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Query (B, H, T, D), key and value (B, K, T, D), normed where the family does, unrotated."""
     # Looked up in the dict: hasattr on a module is slow where the answer is no.
-    modules, weight = attention._modules, attention._buffers.get(JOINED)
-    if weight is not None:
-        joined = functional.linear(hidden_states, weight, attention._buffers[JOINED_BIAS])
+    modules = attention._modules
+    if _is_joined(attention):
+        weight, bias = attention._buffers[JOINED], attention._buffers[JOINED_BIAS]
+        joined = functional.linear(hidden_states, weight, bias)
         parts = joined.split(_fused_sizes(attention), -1)
     elif "qkv_proj" in modules:
         parts = attention.qkv_proj(hidden_states).split(_fused_sizes(attention), -1)
@@ -72,33 +74,64 @@ def project(attention: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tens
 def join_projections(attention: Any) -> None:
     """Lays query, key and value weights into one, for `project` to read in one product.
 
-    The separate weights become views of it. Nothing happens to projections that are fused already
-    or that carry adapters.
+    The separate weights and biases become views of it. Nothing happens to projections that are
+    fused already, that carry adapters, or of which only some have a bias.
     """
-    names = ("q_proj", "k_proj", "v_proj")
-    parts: list[Any] = [attention._modules.get(name) for name in names]
+    parts = [attention._modules.get(name) for name in _PROJECTIONS]
     if not all(type(part) is nn.Linear for part in parts):
         return
-    biases = [part.bias for part in parts if part.bias is not None]
-    if len(biases) not in (0, len(parts)):
+    linears: list[Any] = parts
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    if len(biases) not in (0, len(linears)):
         return
-    bias = torch.cat([bias.data for bias in biases]) if biases else None
+    sizes = _fused_sizes(attention)
+    bias = _laid_together(biases, sizes) if biases else None
+    weight = _laid_together([linear.weight for linear in linears], sizes)
     attention.register_buffer(JOINED_BIAS, bias, persistent=False)
-    weight = torch.cat([part.weight.data for part in parts])
     attention.register_buffer(JOINED, weight, persistent=False)
-    for part, view in zip(parts, weight.split(_fused_sizes(attention)), strict=True):
-        part.weight.data = view
+    attention._joined_at = _addresses(attention)
 
 
 def part_projections(attention: Any) -> None:
     """Undoes `join_projections`; every weight then has memory of its own."""
     if attention._buffers.pop(JOINED, None) is None:
         return
-    del attention._buffers[JOINED_BIAS]
+    del attention._buffers[JOINED_BIAS], attention._joined_at
     attention._non_persistent_buffers_set -= {JOINED, JOINED_BIAS}
-    for name in ("q_proj", "k_proj", "v_proj"):
-        weight = attention._modules[name].weight
-        weight.data = weight.data.clone()
+    for name in _PROJECTIONS:
+        for parameter in attention._modules[name].parameters():
+            parameter.data = parameter.data.clone()
+
+
+def _laid_together(parameters: list[Any], sizes: list[int]) -> Tensor:
+    """Makes parameters views of one tensor, and returns it."""
+    whole = torch.cat([parameter.data for parameter in parameters])
+    for parameter, view in zip(parameters, whole.split(sizes), strict=True):
+        parameter.data = view
+    return whole
+
+
+def _is_joined(attention: Any) -> bool:
+    """Whether the joined weights are still those of the projections.
+
+    Not once a projection was moved, cast, replaced or given an adapter, nor where its weight is
+    being trained, nor in a compiled step, which can't look at addresses.
+    """
+    weight = attention._buffers.get(JOINED)
+    if weight is None or torch.compiler.is_compiling():
+        return False
+    if torch.is_grad_enabled() and attention._modules["q_proj"].weight.requires_grad:
+        return False
+    joined_at: list[int] = attention._joined_at
+    return joined_at == _addresses(attention)
+
+
+def _addresses(attention: Any) -> list[int]:
+    """Where the weights of the projections lie; nothing where one is no plain linear layer."""
+    parts = [attention._modules[name] for name in _PROJECTIONS]
+    if not all(type(part) is nn.Linear for part in parts):
+        return []
+    return [part.weight.data_ptr() for part in parts]
 
 
 def _fused_sizes(attention: Any) -> list[int]:

@@ -17,7 +17,7 @@ from cachefold.models import families
 from cachefold.models.attention import FoldedAttention, folded_layers
 from cachefold.models.evicting import EvictingAttention
 from cachefold.models.generation import FoldedCausalLM, new_cache, supply_cache
-from cachefold.models.lora import adapted_modules, lora_rank, merge_lora, remove_lora
+from cachefold.models.lora import adapted_modules, merge_lora, remove_lora
 from cachefold.models.mixing import mix_in, mix_out
 from cachefold.models.run import FoldRun
 from cachefold.policies.base import LearnedPolicy, Policy
@@ -26,10 +26,12 @@ from cachefold.policies.budget import BudgetPolicy
 __all__ = [
     "FoldRun",
     "FoldedAttention",
+    "check_unmerged",
     "fold",
     "folded",
     "folded_layers",
     "is_folded",
+    "merge_weights",
     "new_cache",
     "unfold",
     "zero_decision_neurons",
@@ -53,8 +55,8 @@ def fold(model: PreTrainedModel, policy: Policy, codec: str | None = None) -> Pr
         The same model.
 
     Raises:
-        ValueError: already folded, unsupported family, a policy that doesn't fit, layers that
-            accelerate runs, or no layer that can be folded; the model is then unchanged.
+        ValueError: already folded, unsupported family, a policy that doesn't fit, an unknown codec,
+            layers that accelerate runs, or none that can be folded; the model is then unchanged.
 
     >>> from cachefold import DMC
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -175,7 +177,7 @@ def merge_weights(model: PreTrainedModel) -> PreTrainedModel:
     Adapters are added into the weights; in half precision the sums round, as the weights themselves
     were rounded. The queries, keys and values of a layer then come from one product. For inference
     alone: with adapters the model can't be unfolded afterwards, saved as an artefact, or compared
-    with its dense self.
+    with its dense self. Move the model to its device and dtype before, not after.
 
     Raises:
         ValueError: the model is not folded.
@@ -193,7 +195,8 @@ def merge_weights(model: PreTrainedModel) -> PreTrainedModel:
     if not is_folded(model):
         raise ValueError("the model is not folded; call fold(model, policy) first")
     state: Any = model
-    state._cachefold_merged = state._cachefold_merged or lora_rank(model) > 0
+    own = adapted_modules(model).keys() - state._cachefold_adapted
+    state._cachefold_merged = state._cachefold_merged or bool(own)
     merge_lora(model, keep=state._cachefold_adapted)
     layers = families.attention_layers(model)
     for index in folded_layers(model):
@@ -211,7 +214,8 @@ def check_unmerged(model: PreTrainedModel, wish: str) -> None:
     Raises:
         ValueError: they are merged.
     """
-    if model.__dict__["_cachefold_merged"]:
+    state: Any = model
+    if state._cachefold_merged:
         raise ValueError(
             f"the adapters are merged into the weights, so that the model can't be {wish}; load "
             "the base model again, and the artefact without merge=True"

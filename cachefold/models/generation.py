@@ -116,7 +116,7 @@ def new_cache(
     return FoldedCache(
         model.config, folded_layers=layers, delay=policy.delay, window=policy.window,
         page_size=page_size, max_bytes=max_bytes, backend=backend, codec=codec, cr=cr,
-        preset=preset,
+        preset=preset, kv_heads=policy.kv_heads,
     )  # fmt: skip
 
 

@@ -77,7 +77,8 @@ def find_ranks(folder: str | Path) -> list[list[Path]]:
     pipeline, tensor = (1 + max(rank[i] for rank in ranks) for i in (0, 1))
     for stage in range(pipeline):
         for rank in range(tensor):
-            if not (ranks.get((stage, rank), Path()) / WEIGHTS).is_file():
+            place = ranks.get((stage, rank))
+            if place is None or not (place / WEIGHTS).is_file():
                 name = f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if pipeline > 1 else "")
                 raise ValueError(
                     f"{folder / name / WEIGHTS} is missing; the other folders belong to a "

@@ -18,8 +18,6 @@ LINEAR_SCALE = 10.0
 LINEAR_ALPHA_BIAS = -4.0
 DIAL_SLOPE = 7.0
 """Merge logits per position of the dial before training: trained logits are spread over tens."""
-KEEP_LOGIT = -1e4
-"""So far below 0 that no noise of training merges."""
 
 
 class LinearDecision(nn.Module):
@@ -61,11 +59,10 @@ class LinearDecision(nn.Module):
         if torch.is_autocast_enabled(hidden_states.device.type):
             with torch.autocast(hidden_states.device.type, enabled=False):
                 return self._decide(hidden_states, position)
-        return self._decide(
-            hidden_states, position
-        )  # entering a context costs more than the projection
+        # Entering a context costs more than the projection.
+        return self._decide(hidden_states, position)
 
-    def _decide(self, hidden_states: Tensor, position: float = 0.0) -> tuple[Tensor, Tensor]:
+    def _decide(self, hidden_states: Tensor, position: float) -> tuple[Tensor, Tensor]:
         batch, count, size = hidden_states.shape
         rows, weight = hidden_states.reshape(-1, size).float(), self.weight.float()
         # Scaled in the same call: decoding feels the price of every operation.
@@ -100,7 +97,7 @@ class KeepDecision(nn.Module):
         self, query: Tensor, key: Tensor, hidden_states: Tensor, position: float = 0.0
     ) -> tuple[Tensor, Tensor]:
         """Decides; see `policies.base.Decision`."""
-        logits = torch.full(key.shape[:3], KEEP_LOGIT, device=key.device)
+        logits = torch.full(key.shape[:3], NEVER, device=key.device)
         return logits, torch.ones_like(logits)
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import yaml
 
+from cachefold.bases import BASES
 from cachefold.models.hub import read_config
 from cachefold.retrofit.checkpoint import RECIPE
-from cachefold.retrofit.reporting import LOG
+from cachefold.retrofit.reporting import read_log
 from cachefold.viz import compression_map_blocks, load_map
-from cachefold.zoo import BASES
 
 CARD = "README.md"
 CURVE = "retrofit.png"
@@ -33,12 +33,12 @@ def card(folder: Path, name: str) -> str:
     """
     config = read_config(folder)
     recipe = _read(folder / RECIPE, yaml.safe_load)
-    log = _read(folder / LOG, _lines)
+    log = read_log(folder)
     parts = [
         _head(name, config),
         _facts(config, recipe, log),
         _use(name, config),
-        _tables(folder / HELDOUT),
+        _tables(folder / HELDOUT, name),
         f"## Training\n\n![ratio and divergence over the run]({CURVE})"
         if (folder / CURVE).is_file()
         else "",
@@ -72,7 +72,10 @@ def _head(name: str, config: dict[str, Any]) -> str:
     hub = BASES[base].hub_id if base in BASES else base
     policy = config["policy"]
     most = policy.get("max_cr")
-    ratio = f"any ratio from 1 to {most:g}" if most else f"a ratio of {policy.get('cr') or 1:g}"
+    ratio = (
+        f"any ratio from 1 to {most:g}" if most
+        else f"a ratio of {policy.get('cr') or config['cr']:g}"
+    )  # fmt: skip
     return (
         f"---\nlibrary_name: cachefold\nbase_model: {hub}\ntags: [kv-cache, {policy['name']}]\n"
         f"---\n\n# {name}\n\nAdapters and decisions that compress the KV cache of {hub} "
@@ -87,14 +90,20 @@ def _facts(config: dict[str, Any], recipe: dict[str, Any], log: list[dict[str, A
     source = ", ".join(data["files"]) or data["dataset"]
     facts = {
         "policy": ", ".join(f"{key}={value}" for key, value in config["policy"].items()),
-        "ratio on held-out sequences of the run": f"{config['cr']:.2f}",
+        "ratio reached": f"{config['cr']:.2f}, on {recipe['data']['held_out']} sequences of the "
+        f"training mix that were held out{_asked(config['policy'])}",
         "trained": f"{trained}, from {recipe.get('init') or 'the original model'}",
         "tokens": f"{config['tokens']:,} in sequences of {config['seq_len']}, seed {train['seed']}",
         "time": f"{hours(log, config['tokens']):.1f} hours",
         "data": source,
-        "command": f"`cachefold retrofit {RECIPE}`",
+        "command": f"`cachefold retrofit {RECIPE}`, the one in this folder, from a clone of the "
+        "repository",
     }
     return "\n".join(["| | |", "| --- | --- |", *(f"| {k} | {v} |" for k, v in facts.items())])
+
+
+def _asked(policy: dict[str, Any]) -> str:
+    return f", where {policy['cr']:g} was asked for" if policy.get("cr") else ""
 
 
 def _use(name: str, config: dict[str, Any]) -> str:
@@ -102,11 +111,11 @@ def _use(name: str, config: dict[str, Any]) -> str:
     return (
         "## Use\n\n```python\nimport cachefold\nfrom cachefold.zoo import load_base\n\n"
         f'model, tokenizer = load_base("{config["base"]["id"]}")\n'
-        f'cachefold.load_folded("{name}", model{more})  # the folder of this card\n```'
+        f'cachefold.load_folded("artefacts/{name}", model{more})  # the folder of this card\n```'
     )
 
 
-def _tables(path: Path) -> str:
+def _tables(path: Path, name: str) -> str:
     if not path.is_file():
         return ""
     lines = [
@@ -125,18 +134,15 @@ def _tables(path: Path) -> str:
         ]
         lines.append(f"| {asked} | **mean** | | | **{table['mean_increase']:+.4f}** | |")
     first = tables[0]
-    pieces = max(row["pieces"] for row in first["files"])
+    ratios = ",".join(f"{table['cr']:g}" for table in tables)
     lines += [
         "",
-        f"Loss in nats/token on held-out text, at most {pieces} pieces of {first['tokens']} tokens "
-        f"of each file, {first['dtype']}, one training seed; standard error over pieces. Made by "
-        "`cachefold reproduce`.",
+        f"Loss in nats/token on held-out text, at most {first['pieces']} pieces of "
+        f"{first['tokens']} tokens of each file, {first['dtype']}, one training seed; standard "
+        f"error over pieces. Made by `cachefold reproduce {name} --shipped --cr {ratios} --pieces "
+        f"{first['pieces']}`.",
     ]
     return "\n".join(lines)
-
-
-def _lines(text: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in text.splitlines()]
 
 
 def _read(path: Path, parse: Any) -> Any:

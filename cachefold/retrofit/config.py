@@ -65,7 +65,7 @@ class TrainConfig:
     ce_weight: float = 0.0
     """Weight of the cross entropy with the text."""
     compression_weight: float = 5.0
-    """Weight of the one-sided compression loss."""
+    """Weight of the compression loss: one-sided, of a dial two-sided."""
     ramp_from: float = 1.0
     """Ratio at which the ramp starts; that of `init` where there is one."""
     ramp_fraction: float = 0.6

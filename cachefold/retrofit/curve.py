@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from cachefold.models.hub import read_config
-from cachefold.retrofit.reporting import LOG
+from cachefold.retrofit.reporting import read_log
 from cachefold.viz import load_map
 
 SMOOTHING = 8
@@ -23,14 +22,21 @@ def draw(folder: Path, out: Path) -> None:
     Args:
         folder: of the artefact, with the log and the map of its retrofit.
         out: file to write, such as a PNG.
+
+    Raises:
+        ValueError: config, log or map is missing or broken.
     """
-    log = [json.loads(line) for line in (folder / LOG).read_text(encoding="utf-8").splitlines()]
+    log = read_log(folder)
     config = read_config(folder)
     thousands = config["tokens"] / 1000 / log[-1]["step"]
     figure = Figure(figsize=(11, 3.2), layout="constrained")
     curve, heat = figure.subplots(1, 2)
-    draw_curve = _dial_curve if config["policy"].get("max_cr") else _curve
-    draw_curve(figure, curve, log, [row["step"] * thousands for row in log])
+    tokens = [row["step"] * thousands for row in log]
+    if config["policy"].get("max_cr"):
+        points = _dial_curve(curve, log, tokens)
+        figure.colorbar(points, ax=curve, label="cr asked")
+    else:
+        _curve(curve, log, tokens)
     rows = load_map(folder)
     image = heat.imshow(
         [list(head) for head in zip(*(row["cr"] for row in rows), strict=True)],
@@ -43,18 +49,18 @@ def draw(folder: Path, out: Path) -> None:
     figure.savefig(out, dpi=130)
 
 
-def _dial_curve(figure: Figure, axes: Axes, log: list[dict[str, Any]], tokens: list[float]) -> None:
+def _dial_curve(axes: Axes, log: list[dict[str, Any]], tokens: list[float]) -> Any:
     """Divergence over thousands of tokens, coloured by the ratio that a step asked for."""
     points = axes.scatter(
         tokens, [row["kd"] for row in log], c=[row["target"] for row in log], s=6, cmap="plasma"
     )
-    figure.colorbar(points, ax=axes, label="cr asked")
     axes.set(xlabel="thousand tokens", title="Retrofit of a dial: KL at the ratio of each step")
     axes.set_ylabel("KL to the original, nats/token")
     axes.set_yscale("log")
+    return points
 
 
-def _curve(figure: Figure, axes: Axes, log: list[dict[str, Any]], tokens: list[float]) -> None:
+def _curve(axes: Axes, log: list[dict[str, Any]], tokens: list[float]) -> None:
     """Ratio and divergence over thousands of tokens."""
     divergence = axes.twinx()
     axes.plot(tokens, _smooth([row["cr"] for row in log]), color="tab:blue")

@@ -82,26 +82,40 @@ def preset_texts(data: DataConfig, tokenizer: Any) -> dict[str, Tensor]:
         tokenizer: a Hugging Face tokenizer.
 
     Returns:
-        For `chat` and `code`, where there are such rows, and `bulk`, all others: up to
+        For `chat` and `code`, where such rows fill a text, and `bulk`, all others: up to
         `CALIBRATION_TEXTS` evenly spaced texts (M, `CALIBRATION_TOKENS`) int64. All rows are
-        `bulk` where none is of another kind.
+        `bulk` where the others fill none.
 
     Raises:
-        ValueError: as `load_blocks`.
+        ValueError: as `load_blocks`, or too little text for `bulk`.
     """
     rows: dict[str, list[Row]] = {}
     for row in _rows(data):
         kind = row[1].get("kind")
         rows.setdefault(kind if kind in PRESETS else DEFAULT_PRESET, []).append(row)
-    rows.setdefault(DEFAULT_PRESET, [row for part in rows.values() for row in part])
+    blocks = {name: _long_texts(part, data, tokenizer) for name, part in sorted(rows.items())}
+    if blocks.get(DEFAULT_PRESET) is None:
+        everything = [row for part in rows.values() for row in part]
+        blocks[DEFAULT_PRESET] = _long_texts(everything, data, tokenizer)
+    if blocks[DEFAULT_PRESET] is None:
+        raise ValueError(
+            f"calibrating a dial takes a text of {CALIBRATION_TOKENS} tokens, and the training "
+            "data has less: add text, or leave policy.max_cr out"
+        )
+    return {
+        name: evenly_spaced(part, CALIBRATION_TEXTS)
+        for name, part in blocks.items() if part is not None
+    }  # fmt: skip
+
+
+def _long_texts(rows: list[Row], data: DataConfig, tokenizer: Any) -> Tensor | None:
+    """(M, CALIBRATION_TOKENS) int64; None where the rows don't fill one text."""
     try:
-        blocks = {
-            name: pack_rows(part, tokenizer, CALIBRATION_TOKENS, data.text_field)
-            for name, part in sorted(rows.items())
-        }
+        return pack_rows(rows, tokenizer, CALIBRATION_TOKENS, data.text_field)
     except TextError as error:
+        if error.about == "length":
+            return None
         raise ValueError(f"calibration: {error}; {_ADVICE[error.about]}") from error
-    return {name: evenly_spaced(part, CALIBRATION_TEXTS) for name, part in blocks.items()}
 
 
 def split_held_out(blocks: Tensor, held_out: int) -> tuple[Tensor, Tensor]:

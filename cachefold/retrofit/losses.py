@@ -53,6 +53,7 @@ def distillation_loss(
         loss (scalar, differentiable), and the two means without weights (scalars, detached);
         the cross entropy is 0 where no label counts.
     """
+    assert teacher is not None or kd_weight == 0, "nothing to distil from"
     weights = _Weights(kd_weight, ce_weight, softcap)
     teacher_head = head if teacher_head is None else teacher_head
     if kd_weight == 0:

@@ -6,16 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
-from cachefold.models.fold import fold
-from cachefold.models.lora import add_lora
 from cachefold.retrofit.config import RetrofitConfig
+from cachefold.retrofit.prepare import fold_for_training, weights_dtype
 from cachefold.retrofit.schedule import RetrofitSchedule
 from cachefold.zoo import base_config
 
-TOKEN_BYTES = 8
-"""Of a token of the training text, all of which is kept in memory as int64."""
+TOKEN_BYTES = 16
+"""Of a token of the training text: all is in memory as int64, twice while sequences are cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,34 +45,15 @@ class RetrofitPlan:
     def describe(self) -> str:
         """Writes the plan as a few lines."""
         stages = ", ".join(f"{name} {count:,}" for name, count in self.steps.items())
-        held = [f"{name} {_size(count)}" for name, count in self.memory.items() if count]
-        total = _size(sum(self.memory.values()))
+        held = [f"{name} {_readable(count)}" for name, count in self.memory.items() if count]
+        total = _readable(sum(self.memory.values()))
         return (
             f"{self.model}: {self.parameters:,} parameters, {self.trainable:,} of them trained\n"
             f"{sum(self.steps.values()):,} steps of {self.tokens_per_step:,} tokens, "
             f"{self.tokens:,} tokens in all: {stages}\n"
             f"memory of the device: {total} ({', '.join(held)}) and activations\n"
-            f"memory for the text: {_size(self.tokens * TOKEN_BYTES)} if none is read twice"
+            f"memory for the text: {_readable(self.tokens * TOKEN_BYTES)} if none is read twice"
         )
-
-
-def fold_for_training(model: PreTrainedModel, config: RetrofitConfig) -> PreTrainedModel:
-    """Folds a model in place, with the LoRA of the recipe.
-
-    Raises:
-        ValueError: the policy doesn't fit the model.
-    """
-    fold(model, config.build_policy())
-    if config.train.lora_rank:
-        with torch.random.fork_rng():
-            torch.manual_seed(config.train.seed)
-            add_lora(model, config.train.lora_rank)
-    return model
-
-
-def weights_dtype(config: RetrofitConfig) -> torch.dtype:
-    """Of the base weights: float32 where they are trained, else that of the matrix products."""
-    return getattr(torch, config.train.dtype) if config.train.lora_rank else torch.float32
 
 
 def plan_retrofit(config: RetrofitConfig) -> RetrofitPlan:
@@ -116,10 +96,10 @@ def _bytes(parameters: list[Any]) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
 
 
-def _size(count: int) -> str:
+def _readable(count: int) -> str:
     """Bytes for a reader.
 
-    >>> _size(3 * 2**30)
+    >>> _readable(3 * 2**30)
     '3.0 GiB'
     """
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

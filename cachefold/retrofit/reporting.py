@@ -38,6 +38,26 @@ class Meter:
         return means
 
 
+def read_log(folder: Path) -> list[Facts]:
+    """Reads the log of a retrofit, one item for each line.
+
+    Raises:
+        ValueError: no log in the folder, or a line that can't be read.
+    """
+    path = folder / LOG
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise ValueError(
+            f"{path} is missing, which a retrofit writes beside its artefact"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{path} can't be read: {error}") from error
+    if not rows:
+        raise ValueError(f"{path} is empty; the retrofit did not get to its first line")
+    return rows
+
+
 def log_line(step: int, steps: int, facts: Facts) -> str:
     """Writes the facts of one logging step as a line.
 

@@ -18,17 +18,17 @@ from transformers import PreTrainedModel
 from cachefold.core.accounting import compression_ratio, count_entries, entries_kept
 from cachefold.core.decisions import Decisions
 from cachefold.models.dial import calibrate, has_dial, turn_dial
-from cachefold.models.fold import FoldRun, fold
-from cachefold.models.hub import WEIGHTS as ARTEFACT
-from cachefold.models.hub import load_trainable_state, read_config, save_folded, trainable_state
+from cachefold.models.fold import FoldRun
+from cachefold.models.hub import load_trainable_state, save_folded, trainable_state
 from cachefold.retrofit.checkpoint import RECIPE, WEIGHTS, check_finite, check_output, claim_output
 from cachefold.retrofit.config import RetrofitConfig
 from cachefold.retrofit.data import PackedDataset, load_blocks, preset_texts, split_held_out
-from cachefold.retrofit.plan import fold_for_training, plan_retrofit, weights_dtype
+from cachefold.retrofit.plan import plan_retrofit
+from cachefold.retrofit.prepare import load_model, prepare
 from cachefold.retrofit.reporting import LOG
 from cachefold.retrofit.trainer import RetrofitTrainer
 from cachefold.viz import MAP
-from cachefold.zoo import base_revision, is_shape_only, load_base
+from cachefold.zoo import base_revision, is_shape_only
 
 FINAL = "final"
 
@@ -63,8 +63,10 @@ def run_retrofit(
             return {}
     model, tokenizer = load_model(config)
     blocks, held_out = split_held_out(load_blocks(config.data, tokenizer), config.data.held_out)
+    # Now and not after hours of training: text may be missing.
+    texts = preset_texts(config.data, tokenizer) if has_dial(config.build_policy()) else {}
     teacher = prepare(model, config)
-    facts = _size(config, model, len(blocks))
+    facts = _facts(config, model, len(blocks))
     length = config.steps * config.train.batch_size * config.train.accumulation
     dataset = PackedDataset(blocks, seed=config.train.seed, length=length)
     if dry_run:
@@ -77,10 +79,10 @@ def run_retrofit(
         trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         trainer.report.close()
-    return {**facts, **finish(model, tokenizer, config, held_out, facts["tokens"])}
+    return {**facts, **finish(model, config, held_out, texts, facts["tokens"])}
 
 
-def _size(config: RetrofitConfig, model: PreTrainedModel, sequences: int) -> dict[str, Any]:
+def _facts(config: RetrofitConfig, model: PreTrainedModel, sequences: int) -> dict[str, Any]:
     return {
         "steps": config.steps,
         "tokens": config.steps * config.tokens_per_step,
@@ -129,63 +131,18 @@ def rehearse(
     return {"loss": loss.item(), "seconds": seconds}
 
 
-def load_model(config: RetrofitConfig) -> tuple[PreTrainedModel, Any]:
-    """Loads the base model and its tokenizer."""
-    return load_base(config.model, dtype=weights_dtype(config))
-
-
-def prepare(model: PreTrainedModel, config: RetrofitConfig) -> PreTrainedModel | None:
-    """Folds a model in place and decides what is trained.
-
-    Returns:
-        The teacher, when one is needed and the model can't be its own because all weights are
-        trained.
-    """
-    teacher = None
-    if config.train.kd_weight and config.train.lora_rank == 0:
-        teacher, _ = load_model(config)
-        fold(teacher, config.build_policy())  # to know `fold_run`; runs dense
-    fold_for_training(model, config)
-    if config.init is not None:
-        start_from(model, config)
-    return teacher
-
-
-def start_from(model: PreTrainedModel, config: RetrofitConfig) -> None:
-    """Copies the weights of the artefact `config.init` into a prepared model.
-
-    Only a dial may be new: its slopes then start at their default.
-
-    Raises:
-        ValueError: no artefact there, or one of another base, policy or LoRA rank.
-    """
-    assert config.init is not None
-    artefact = read_config(config.init)
-    policy = config.build_policy()
-    found = (artefact["base"].get("id"), artefact["policy"]["name"], artefact["lora_rank"])
-    wanted = (config.model, policy.name, config.train.lora_rank)
-    if found != wanted:
-        raise ValueError(
-            f"init {config.init} has base {found[0]}, policy {found[1]} and LoRA rank {found[2]}; "
-            f"the recipe asks for {wanted[0]}, {wanted[1]} and {wanted[2]}"
-        )
-    had_dial = artefact["policy"].get("max_cr") is not None
-    fresh = () if had_dial or policy.max_cr is None else (".decision.slope",)
-    load_trainable_state(model, Path(config.init) / ARTEFACT, fresh=fresh)
-
-
 def finish(
-    model: PreTrainedModel, tokenizer: Any, config: RetrofitConfig, held_out: Tensor, tokens: int
-) -> dict[str, Any]:
+    model: PreTrainedModel, config: RetrofitConfig, held_out: Tensor, texts: dict[str, Tensor],
+    tokens: int,
+) -> dict[str, Any]:  # fmt: skip
     """Calibrates a dial, measures on held-out text, writes artefact, map, recipe and log.
 
     Raises:
         RetrofitDivergedError: a weight is not finite; nothing is written.
     """
     check_finite(trainable_state(model), config.steps)
-    if has_dial(config.build_policy()):
-        print("calibrating the dial", flush=True)
-        turn_dial(model, calibrate(model.train(False), preset_texts(config.data, tokenizer)))
+    if texts:
+        _calibrate(model.train(False), texts)
     result = measure(model, held_out, config)
     output = Path(config.output_dir)
     folder = output / FINAL
@@ -202,6 +159,15 @@ def finish(
     return {"cr": result["cr"], "least_cr": least, "folder": str(folder)}
 
 
+def _calibrate(model: PreTrainedModel, texts: dict[str, Tensor]) -> None:
+    """Calibrates a dial; one that can't be is saved all the same, with nominal positions."""
+    print("calibrating the dial", flush=True)
+    try:
+        turn_dial(model, calibrate(model, texts))
+    except ValueError as error:
+        print(f"warning: not calibrated: {error}. See `cachefold calibrate`", flush=True)
+
+
 @torch.no_grad()
 def measure(model: PreTrainedModel, held_out: Tensor, config: RetrofitConfig) -> dict[str, Any]:
     """Ratios on held-out sequences with the hard decisions of inference.
@@ -215,24 +181,26 @@ def measure(model: PreTrainedModel, held_out: Tensor, config: RetrofitConfig) ->
         `cr` over everything, `least_cr` of one sequence, `tokens` of a sequence, and `map`:
         for each folded layer its index `layer` and the `cr` of every head.
     """
-    delay, (sequences, tokens) = config.build_policy().delay, held_out.shape
+    policy, (sequences, tokens) = config.build_policy(), held_out.shape
+    # An entry of pooled heads stands for one of each head that the model had.
+    pooled = model.config.num_key_value_heads / policy.kv_heads if policy.kv_heads else 1
     valid = torch.ones(1, tokens, dtype=torch.bool, device=model.device)
     model.train(False)
     counts: list[tuple[int, int]] = []
     entries: dict[int, Tensor] = {}  # (K,) per layer, summed over sequences
     for block in held_out:
         decisions = _decide(model, block[None].to(model.device), config.train.dtype)
-        counts.append(count_entries((d.alpha for d in decisions.values()), valid, delay))
+        counts.append(count_entries((d.alpha for d in decisions.values()), valid, policy.delay))
         for layer, decision in decisions.items():
-            kept = entries_kept(decision.alpha, valid, delay)[0].cpu()
+            kept = entries_kept(decision.alpha, valid, policy.delay)[0].cpu()
             entries[layer] = entries.get(layer, 0) + kept
     rows = [
-        {"layer": layer, "cr": (tokens * sequences / entries[layer]).tolist()}
+        {"layer": layer, "cr": (pooled * tokens * sequences / entries[layer]).tolist()}
         for layer in sorted(entries)
     ]
     seen, kept_in_all = (sum(column) for column in zip(*counts, strict=True))
-    least = min(compression_ratio(*count) for count in counts)
-    total = compression_ratio(seen, kept_in_all)
+    least = min(compression_ratio(seen * pooled, kept) for seen, kept in counts)
+    total = compression_ratio(seen * pooled, kept_in_all)
     return {"cr": total, "least_cr": least, "tokens": tokens, "map": rows}
 
 

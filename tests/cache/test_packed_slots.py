@@ -52,7 +52,9 @@ class Lanes:
         self.seen = self.seen + real
 
     def evict(self) -> None:
-        victim = torch.randint(self.position.shape[2], (*self.position.shape[:2], 1))
+        victim = torch.randint(
+            self.position.shape[2], (*self.position.shape[:2], 1), generator=self.random
+        )
         self.position = self.position.scatter(2, victim, -1)
 
     def select(self, rows: torch.Tensor) -> None:

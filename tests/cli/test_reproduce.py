@@ -22,7 +22,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("recipes", "artefacts/tiny"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "recipes" / "tiny.yaml").write_text(yaml.safe_dump(values))
-    recorded = [{"cr": 2.0, "tokens": 48, "mean_increase": 0.1234}]
+    recorded = [
+        {"cr": 2.0, "tokens": 48, "pieces": pieces, "mean_increase": increase}
+        for pieces, increase in ((1, 0.1234), (12, 0.5678))
+    ]
     (tmp_path / "artefacts" / "tiny" / "heldout.json").write_text(json.dumps(recorded))
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -35,8 +38,9 @@ def test_it_trains_measures_and_compares(cli: Run, place: Path) -> None:
     result = cli("reproduce", "tiny", "--cr", "2,3", *SIZE)
     assert result.exit_code == 0, result.output
     assert "shipped, cr 2: mean increase +0.1234 as recorded" in result.output
+    assert "0.5678" not in result.output  # of other pieces
     folder = place / "runs" / "reproduce" / "tiny"
-    tables = json.loads((folder / "heldout.json").read_text())
+    tables = json.loads((folder / "final" / "heldout.json").read_text())
     assert [table["cr"] for table in tables] == [2.0, 3.0]
     assert all(len(table["files"]) == 6 for table in tables)
     before = (folder / "final" / "cachefold.json").stat().st_mtime_ns
@@ -48,7 +52,7 @@ def test_it_trains_measures_and_compares(cli: Run, place: Path) -> None:
         file.rename(place / "artefacts" / "tiny" / file.name)
     shipped = cli("reproduce", "tiny", "--shipped", *SIZE, "--out", place / "checked")
     assert shipped.exit_code == 0, shipped.output
-    assert (place / "checked" / "heldout.json").is_file()
+    assert (place / "checked" / "tiny" / "heldout.json").is_file()
 
 
 def test_an_unfinished_run_goes_on(cli: Run, place: Path) -> None:

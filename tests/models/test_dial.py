@@ -10,6 +10,7 @@ import torch
 from cachefold import DMC, DMS, TOVA, fold
 from cachefold.cache import FoldedCache
 from cachefold.core.decisions import Decisions
+from cachefold.core.dial import Dial, nominal_position
 from cachefold.models.dial import calibrate, reached_counts, turn_dial
 from cachefold.models.fold import FoldRun, new_cache, unfold
 from cachefold.models.hub import load_folded, read_config, save_folded, update_config
@@ -158,3 +159,8 @@ def test_an_artefact_keeps_the_calibration(tmp_path: Path) -> None:
         load_folded(tmp_path, base, cr=9.0)
     assert not hasattr(base, "_cachefold_dial")
     assert not hasattr(unfold(loaded), "_cachefold_dial")
+
+
+def test_calibrating_another_kind_of_text_leaves_the_usual_one_as_it_was() -> None:
+    dial = Dial({"legal": [(1.5, -1.0), (6.0, 1.0)]})
+    assert dial.position(3.0) == nominal_position(3.0) != dial.position(3.0, "legal")

@@ -77,3 +77,18 @@ def test_a_step_over_the_byte_limit_is_as_if_never_taken(family):
     want = model(ids[:, :12], use_cache=False).logits[:, 8:]
     got = model(ids[:, 8:12], past_key_values=cache).logits
     torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-5)
+
+
+def test_a_saved_cache_of_pooled_heads_or_of_a_dial_goes_on_as_it_was(tmp_path):
+    ids, path = random_ids(1, 12), tmp_path / "cache"
+    policy = DMC(cr=2, max_cr=8, delay=2, kv_heads=1)
+    model = fold(tiny_model(), policy)
+    cache = new_cache(model, cr=4)
+    with torch.no_grad():
+        model(ids[:, :8], past_key_values=cache)
+        cache.save(path)
+        again = new_cache(model, cr=4).load(path)
+        one, other = (model(ids[:, 8:], past_key_values=c).logits for c in (cache, again))
+    assert torch.equal(one, other)
+    with pytest.raises(ValueError, match="saved with cr=4"):
+        new_cache(model).load(path)

@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM
 from cachefold import DMC, fold, save_folded, unfold
 from cachefold.evaluation.perplexity import heldout_loss
 from cachefold.models.families import project
-from cachefold.models.fold import merge_weights
+from cachefold.models.fold import FoldRun, merge_weights, new_cache
 from cachefold.models.lora import adapted_modules, adapters_disabled, add_lora, lora_rank
 from tests.models.tiny import random_ids, tiny_model
 
@@ -34,6 +34,11 @@ def test_unfold_removes_lora(family, tmp_path):
     loaded, facts = type(original).from_pretrained(tmp_path, output_loading_info=True)
     assert not facts["missing_keys"] and not facts["unexpected_keys"]
     assert torch.equal(loaded.eval()(ids).logits, original(ids).logits)
+
+
+def test_merging_leaves_lora_from_before_the_fold_alone():
+    model = merge_weights(fold(add_lora(tiny_model(), 4), DMC()))
+    assert adapted_modules(unfold(model))
 
 
 def test_lora_from_before_the_fold_stays():
@@ -100,10 +105,59 @@ def test_nothing_to_merge_leaves_the_way_back(family):
 
 
 def test_queries_keys_and_values_come_from_one_product(monkeypatch):
-    model = merge_weights(fold(tiny_model(), DMC()))
+    model = merge_weights(fold(tiny_model(), DMC())).requires_grad_(False)
     attention, hidden = model.model.layers[0].self_attn, torch.randn(2, 3, 32)
     apart = [linear(hidden) for linear in (attention.q_proj, attention.k_proj, attention.v_proj)]
     for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
         monkeypatch.setattr(linear, "forward", None)
     for joined, part in zip(project(attention, hidden), apart, strict=True):
         torch.testing.assert_close(joined.transpose(1, 2).flatten(2), part)
+
+
+def _changed(change):
+    """A merged model, changed, and one that was never merged, changed in the same way."""
+    models = [merge_weights(fold(tiny_model("Qwen2"), DMC())), fold(tiny_model("Qwen2"), DMC())]
+    for model in models:
+        torch.manual_seed(0)
+        change(model)
+    return models
+
+
+def _train_adapters(model):
+    add_lora(model, 4)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+
+
+def _double_weights(model):
+    model.double()
+    model.model.layers[0].self_attn.k_proj.weight.data.zero_()
+
+
+def _write_in_place(model):
+    attention = model.model.layers[0].self_attn
+    attention.v_proj.weight.data.mul_(2)
+    attention.q_proj.bias.data.fill_(1)
+
+
+@pytest.mark.parametrize("change", [_train_adapters, _double_weights, _write_in_place])
+def test_what_is_changed_after_merging_counts(change):
+    """Through a chunk and a step: there the projections are the fold's own."""
+    merged, apart = _changed(change)
+    ids = random_ids(1, 9)
+    for model in (merged, apart):
+        model.logits = []
+        cache = new_cache(model)
+        with torch.no_grad():
+            for part in ids.split([4, 4, 1], 1):
+                model.logits.append(model(part, past_key_values=cache).logits)
+    for one, other in zip(merged.logits, apart.logits, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_merged_weights_are_trained_where_asked():
+    model = merge_weights(fold(tiny_model(), DMC()))
+    logits = model(random_ids(1, 9), fold_run=FoldRun(mode="relaxed"), use_cache=False).logits
+    logits.square().sum().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "_proj" in name)

@@ -7,10 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from cachefold.cli import app
 from cachefold.retrofit.card import CARD, CURVE, HELDOUT, card
+from cachefold.retrofit.checkpoint import RECIPE
 
 ARTEFACTS = Path(__file__).parents[2] / "artefacts"
 NAMES = sorted(path.parent.name for path in ARTEFACTS.glob("*/cachefold.json"))
@@ -29,6 +31,8 @@ def folder(tmp_path):
 def test_every_shipped_artefact_has_the_card_of_its_files(name):
     assert (ARTEFACTS / name / CARD).read_text() == card(ARTEFACTS / name, name)
     assert (ARTEFACTS / name / CURVE).is_file()
+    recipe = yaml.safe_load((ARTEFACTS / name / RECIPE).read_text())
+    assert not Path(recipe["output_dir"]).is_absolute()
 
 
 def test_the_verb_writes_card_and_picture(folder):

@@ -11,7 +11,8 @@ import torch
 from cachefold.models.hub import load_folded, read_config
 from cachefold.retrofit.config import from_dict
 from cachefold.retrofit.data import preset_texts
-from cachefold.retrofit.run import load_model, prepare, run_retrofit
+from cachefold.retrofit.prepare import load_model, prepare
+from cachefold.retrofit.run import run_retrofit
 from cachefold.retrofit.schedule import RetrofitSchedule
 from cachefold.zoo import load_base
 from tests.retrofit.tiny import WORDS, make_tokenizer, recipe
@@ -93,3 +94,26 @@ def test_rows_without_a_kind_are_bulk(workspace: Path) -> None:
     data = from_dict(recipe(workspace)).data
     texts = preset_texts(data, make_tokenizer())
     assert list(texts) == ["bulk"] and texts["bulk"].shape[1] == 1024
+
+
+def test_a_kind_with_too_little_text_is_left_out(workspace: Path) -> None:
+    values = recipe(workspace)
+    short = workspace / "short.jsonl"
+    short.write_text(json.dumps({"text": "a word", "kind": "chat"}) + "\n")
+    values["data"]["files"].append(str(short))
+    assert list(preset_texts(from_dict(values).data, make_tokenizer())) == ["bulk"]
+    values["data"]["files"] = [str(short)]
+    with pytest.raises(ValueError, match="takes a text of 1024 tokens"):
+        preset_texts(from_dict(values).data, make_tokenizer())
+
+
+def test_a_dial_that_cannot_be_calibrated_is_saved_all_the_same(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ValueError("the ratio doesn't rise")
+
+    monkeypatch.setattr("cachefold.retrofit.run.calibrate", refuse)
+    values = dial_recipe(workspace, "uncalibrated", None, 10)
+    folder = Path(run_retrofit(from_dict(values))["folder"])
+    assert "dial" not in read_config(folder) and "not calibrated" in capsys.readouterr().out

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments
 
 from cachefold.retrofit.config import RetrofitConfig, from_dict
-from cachefold.retrofit.run import finish, load_model, prepare, run_retrofit
+from cachefold.retrofit.prepare import load_model, prepare
+from cachefold.retrofit.run import finish, run_retrofit
 from cachefold.retrofit.trainer import RetrofitDivergedError, RetrofitTrainer
 from tests.retrofit.tiny import recipe
 
@@ -103,7 +104,7 @@ def test_final_artefact_is_checked_on_its_own(workspace: Path) -> None:
     with torch.no_grad():
         model.model.layers[0].self_attn.decision.bias[0] = float("nan")
     with pytest.raises(RetrofitDivergedError, match="decision.bias is not finite after step 3"):
-        finish(model, None, config, torch.zeros(1, 48).long(), 100)
+        finish(model, config, torch.zeros(1, 48).long(), {}, 100)
     assert not (workspace / "inf-final").exists()
 
 

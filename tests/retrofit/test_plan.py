@@ -11,7 +11,8 @@ from torch import nn
 from cachefold.retrofit.arguments import parameter_groups
 from cachefold.retrofit.config import RetrofitConfig, TrainConfig, from_dict
 from cachefold.retrofit.plan import plan_retrofit
-from cachefold.retrofit.run import load_model, prepare, run_retrofit
+from cachefold.retrofit.prepare import load_model, prepare
+from cachefold.retrofit.run import run_retrofit
 from cachefold.zoo import is_shape_only
 from tests.retrofit.tiny import recipe
 

@@ -22,7 +22,8 @@ from cachefold.models.hub import load_folded
 from cachefold.retrofit.arguments import checkpoint_activations
 from cachefold.retrofit.config import RetrofitConfig, from_dict
 from cachefold.retrofit.data import PackedDataset
-from cachefold.retrofit.run import load_model, prepare, run_retrofit
+from cachefold.retrofit.prepare import load_model, prepare
+from cachefold.retrofit.run import run_retrofit
 from cachefold.retrofit.trainer import RetrofitTrainer
 from tests.retrofit.tiny import make_model, recipe
 
