@@ -66,10 +66,9 @@ def plan_retrofit(config: RetrofitConfig) -> RetrofitPlan:
     >>> plan.steps, plan.tokens
     ({'zero_out': 0, 'retrofit': 629, 'solidify': 269}, 459776)
     """
+    shape = base_config(config.model)  # not on the meta device: it may have to convert weights
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(
-            base_config(config.model), dtype=weights_dtype(config)
-        )
+        model: Any = AutoModelForCausalLM.from_config(shape, dtype=weights_dtype(config))
         base_bytes = _bytes(list(model.parameters()))
         fold_for_training(model, config)
     parameters = list(model.parameters())
