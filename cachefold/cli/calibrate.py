@@ -22,7 +22,7 @@ def run(
 ) -> None:
     """Measure a dial on your own text and keep the result in the artefact as a preset."""
     from cachefold.cli._artefact import find, load_artefact
-    from cachefold.models.dial import calibrate
+    from cachefold.models.calibration import calibrate
     from cachefold.models.hub import update_config
     from cachefold.text import evenly_spaced, load_blocks
 

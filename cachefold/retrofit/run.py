@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from cachefold.core.accounting import compression_ratio, count_entries, entries_kept
 from cachefold.core.decisions import Decisions
-from cachefold.models.dial import calibrate, has_dial, turn_dial
+from cachefold.models.calibration import calibrate
+from cachefold.models.dial import has_dial, turn_dial
 from cachefold.models.fold import FoldRun
 from cachefold.models.hub import load_trainable_state, save_folded, trainable_state
 from cachefold.retrofit.checkpoint import RECIPE, WEIGHTS, check_finite, check_output, claim_output

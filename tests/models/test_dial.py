@@ -11,7 +11,8 @@ from cachefold import DMC, DMS, TOVA, fold
 from cachefold.cache import FoldedCache
 from cachefold.core.decisions import Decisions
 from cachefold.core.dial import Dial, nominal_position
-from cachefold.models.dial import calibrate, reached_counts, turn_dial
+from cachefold.models.calibration import calibrate, reached_counts
+from cachefold.models.dial import turn_dial
 from cachefold.models.fold import FoldRun, new_cache, unfold
 from cachefold.models.hub import load_folded, read_config, save_folded, update_config
 from tests.models.tiny import random_ids, scramble_decisions, tiny_model
