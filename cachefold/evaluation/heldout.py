@@ -62,9 +62,9 @@ def measure_artefact(
         )  # fmt: skip
         turn_dial(model, config.get("dial", {}))
         progress(line(rows[-1]))
-    facts = _facts(rows) | {
-        "cr": cr or config["policy"].get("cr") or config["cr"], "pieces": pieces, "tokens": tokens,
-    }  # fmt: skip
+    facts = _facts(rows)
+    asked = cr or config["policy"].get("cr") or config.get("cr") or facts["most_cr"]
+    facts |= {"cr": asked, "pieces": pieces, "tokens": tokens}
     progress(
         f"mean increase {facts['mean_increase']:+.4f} nats/token, cr {facts['least_cr']:.3f} to "
         f"{facts['most_cr']:.3f}, {dtype}"

@@ -78,10 +78,15 @@ def _head(name: str, config: dict[str, Any]) -> str:
     )  # fmt: skip
     return (
         f"---\nlibrary_name: cachefold\nbase_model: {hub}\ntags: [kv-cache, {policy['name']}]\n"
-        f"---\n\n# {name}\n\nAdapters and decisions that compress the KV cache of {hub} "
-        f"({config['base']['revision']}) with `{policy['name']}`, for {ratio}. No weights of the "
-        "base model are in here."
+        f"---\n\n# {name}\n\n{_contents(config)} that compress the KV cache of {hub} "
+        f"({config['base']['revision']}) with `{policy['name']}`, for {ratio}."
     )
+
+
+def _contents(config: dict[str, Any]) -> str:
+    if config["lora_rank"]:
+        return "Adapters and decisions, without weights of the base model,"
+    return "All weights, retrained, and decisions"
 
 
 def _facts(config: dict[str, Any], recipe: dict[str, Any], log: list[dict[str, Any]]) -> str:

@@ -36,9 +36,10 @@ def test_the_baseline_is_the_original_model_whatever_was_trained(base: str, rank
         assert abs(one["increase"]) > 1e-3 > abs(other["increase"])
 
 
-def test_a_policy_without_a_ratio_is_named_by_the_one_it_reached(base: str) -> None:
+@pytest.mark.parametrize("extra", [{}, {"cr": 2.0}])
+def test_a_policy_without_a_ratio_is_named_by_the_one_it_reached(base: str, extra: dict) -> None:
     model = fold(load_base(base, torch.float32)[0], GQA(kv_heads=1))
     folder = save_folded(
-        model, Path(base).parent / "art", base={"id": base, "revision": "none"}, extra={"cr": 2.0}
+        model, Path(base).parent / "art", base={"id": base, "revision": "none"}, extra=extra
     )
     assert measure_artefact(folder, pieces=1, tokens=48, dtype="float32")["cr"] == 2.0

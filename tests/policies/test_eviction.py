@@ -103,16 +103,18 @@ def test_any_split_of_a_padded_text_gives_the_same(policy, family):
 
 @pytest.mark.parametrize("policy", POLICIES[::2], ids=repr)
 def test_a_row_alone_equals_the_row_in_a_batch_and_generate_works(policy):
-    model, ids = fold(tiny_model(), policy), random_ids(2, 30)
+    check_rows(fold(tiny_model(), policy), random_ids(2, 30), padding=6)
+
+
+def check_rows(model, ids, padding):
+    """A padded row of a batch is continued as it is alone, greedily and with beams."""
     mask = torch.ones_like(ids)
-    mask[0, :6] = 0
-    settings = {"max_new_tokens": 12, "do_sample": False}
-    both = model.generate(ids, attention_mask=mask, **settings)
-    alone = model.generate(ids[:1, 6:], **settings)
-    assert torch.equal(both[0, 30 : 30 + alone.shape[1] - 24], alone[0, 24:])
-    beams = model.generate(ids, attention_mask=mask, num_beams=3, **settings)
-    alone = model.generate(ids[:1, 6:], num_beams=3, **settings)
-    assert torch.equal(beams[0, 30 : 30 + alone.shape[1] - 24], alone[0, 24:])
+    mask[0, :padding] = 0
+    for beams in (1, 3):
+        settings = {"max_new_tokens": 12, "do_sample": False, "num_beams": beams}
+        both = model.generate(ids, attention_mask=mask, **settings)[0, padding:]
+        alone = model.generate(ids[:1, padding:], **settings)[0]
+        assert torch.equal(both[: len(alone)], alone)
 
 
 @pytest.mark.parametrize("policy", POLICIES[::2], ids=repr)

@@ -13,7 +13,7 @@ from cachefold.cache.codecs import Vectors, get_codec, list_codecs
 from cachefold.models.fold import new_cache
 from tests.models.tiny import random_ids, tiny_model
 from tests.policies.test_dms import projected
-from tests.policies.test_eviction import kept_by_loop
+from tests.policies.test_eviction import check_rows, kept_by_loop
 
 # Old entries stay under all of them: only what is older than 32 tokens is read packed.
 POLICIES = [H2O(budget=40), TOVA(cr=1.5), Streaming(budget=50), Random(cr=1.5, seed=3)]
@@ -81,16 +81,7 @@ def test_attention_sees_what_a_plain_loop_keeps(policy, codec):
 
 @pytest.mark.parametrize("policy", POLICIES, ids=repr)
 def test_a_row_alone_equals_the_row_in_a_batch_and_beams_work(policy):
-    model, ids = fold(tiny_model().double(), policy, codec="int4"), random_ids(2, 60)
-    mask = torch.ones_like(ids)
-    mask[0, :9] = 0
-    settings = {"max_new_tokens": 12, "do_sample": False}
-    both = model.generate(ids, attention_mask=mask, **settings)
-    alone = model.generate(ids[:1, 9:], **settings)
-    assert torch.equal(both[0, 60 : 60 + alone.shape[1] - 51], alone[0, 51:])
-    beams = model.generate(ids, attention_mask=mask, num_beams=3, **settings)
-    alone = model.generate(ids[:1, 9:], num_beams=3, **settings)
-    assert torch.equal(beams[0, 60 : 60 + alone.shape[1] - 51], alone[0, 51:])
+    check_rows(fold(tiny_model().double(), policy, codec="int4"), random_ids(2, 60), padding=9)
 
 
 @pytest.mark.parametrize("codec", list_codecs())
