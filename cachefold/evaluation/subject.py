@@ -21,7 +21,7 @@ from cachefold.models.fold import is_folded, new_cache
 logger = logging.getLogger(__name__)
 
 CHUNK = 1024
-CODEC_CHUNK = 32  # a codec packs at the end of a forward call, and its pages have 32 entries
+CODEC_CHUNK = 32  # pages of 32 entries are packed together, at the end of a forward call
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +44,9 @@ class Subject:
         tokenizer: of the model.
         batch_size: texts at once, or `auto`: as many as fit, found by trying.
         max_length: most tokens of a text; None = what the model's config says.
-        codec: how entries of the cache are packed; None = what `fold` was told. With a codec texts
-            go through in pieces of 32 tokens, and only texts of one length together.
+        codec: how entries of the cache are packed; None = what `fold` was told. A policy that folds
+            packs pages of 32 entries: texts then go through in pieces of 32 tokens, and only texts
+            of one length together. A policy that evicts packs entries one by one.
 
     Raises:
         ValueError: a codec for a dense model, or an option out of range.
@@ -79,7 +80,9 @@ class Subject:
         config = model.config.get_text_config(decoder=True)
         self.model = model
         self.tokenizer = tokenizer
-        self.codec: str | None = new_cache(model, codec=codec).codec if is_folded(model) else None
+        cache = new_cache(model, codec=codec) if is_folded(model) else None
+        self.codec: str | None = None if cache is None else cache.codec
+        self._packs_pages = cache is not None and cache.codec is not None and cache.evictor is None
         self.max_length = max_length or int(getattr(config, "max_position_embeddings", 2048))
         self._batcher = Batcher(batch_size, model.device)
         self._footprint = Footprint()
@@ -219,7 +222,7 @@ class Subject:
 
     @property
     def _chunk(self) -> int:
-        return CHUNK if self.codec is None else CODEC_CHUNK
+        return CODEC_CHUNK if self._packs_pages else CHUNK
 
     @property
     def _spread(self) -> int:
@@ -227,7 +230,7 @@ class Subject:
 
         No first piece is then all padding, and no page of a codec is packed later than alone.
         """
-        return CHUNK if self.codec is None else 1
+        return 1 if self._packs_pages else CHUNK
 
     def _reading(self) -> Reading:
         return Reading(self.model, self._new_cache())

@@ -128,6 +128,22 @@ def test_the_codec_of_the_fold_is_used_and_fed_in_pieces():
     assert torch.allclose(named.losses([ids])[0], torch.cat(losses), atol=1e-5)
 
 
+def test_an_evicting_policy_with_a_codec_is_read_in_one_piece_as_in_many():
+    model = fold(tiny_model(), TOVA(cr=2))
+    subject = Subject(model, None, codec="int4")
+    ids = random_ids(1, 121)[0]
+    calls = []
+    hook = model.register_forward_hook(lambda *call: calls.append(call[-1].logits.shape[1]))
+    losses = subject.losses([ids])[0]
+    hook.remove()
+    assert calls == [120]
+    cache, expected = subject._new_cache(), []
+    for token, following in zip(ids[:-1], ids[1:], strict=True):
+        logits = model(token[None, None], past_key_values=cache).logits[0]
+        expected.append(F.cross_entropy(logits, following[None]))
+    assert torch.allclose(losses, torch.stack(expected), atol=1e-4)
+
+
 def test_pages_are_packed_at_the_same_tokens_whatever_the_batch():
     model = fold(tiny_model(), DMC(delay=2))
     texts = [random_ids(1, length, length)[0] for length in (120, 109, 120, 75)]
