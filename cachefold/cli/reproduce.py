@@ -42,13 +42,14 @@ def run(
     from cachefold.evaluation.heldout import measure_artefact
     from cachefold.retrofit.card import HELDOUT
 
-    tables = [
-        measure_artefact(folder, cr=ratio, pieces=pieces, tokens=tokens, progress=print)
-        for ratio in ratios or [None]
-    ]
     place = out if shipped else folder  # beside new weights, where `cachefold card` looks for it
     place.mkdir(parents=True, exist_ok=True)
-    (place / HELDOUT).write_text(json.dumps(tables, indent=2) + "\n", encoding="utf-8")
+    tables: list[dict[str, Any]] = []
+    for ratio in ratios or [None]:
+        tables.append(
+            measure_artefact(folder, cr=ratio, pieces=pieces, tokens=tokens, progress=print)
+        )
+        (place / HELDOUT).write_text(json.dumps(tables, indent=2) + "\n", encoding="utf-8")
     print(f"written: {place / HELDOUT}")
     _compare(find(Path("artefacts") / name), tables)
 

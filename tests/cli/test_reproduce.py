@@ -55,6 +55,22 @@ def test_it_trains_measures_and_compares(cli: Run, place: Path) -> None:
     assert (place / "checked" / "tiny" / "heldout.json").is_file()
 
 
+def test_a_table_is_kept_when_a_later_ratio_fails(
+    cli: Run, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cachefold.evaluation import heldout
+
+    def measure(folder: Path, *, cr: float, **options: object) -> dict[str, object]:
+        if cr == 3:
+            raise KeyboardInterrupt
+        return {"cr": cr, "pieces": 1, "tokens": 48, "mean_increase": 0.5}
+
+    monkeypatch.setattr(heldout, "measure_artefact", measure)
+    assert cli("reproduce", "tiny", "--shipped", "--cr", "2,3", *SIZE).exit_code != 0
+    written = (place / "runs" / "reproduce" / "tiny" / "heldout.json").read_text()
+    assert [table["cr"] for table in json.loads(written)] == [2]
+
+
 def test_an_unfinished_run_goes_on(cli: Run, place: Path) -> None:
     from cachefold.retrofit.config import load_recipe
     from cachefold.retrofit.run import run_retrofit
