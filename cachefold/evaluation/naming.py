@@ -23,6 +23,7 @@ from cachefold.models.hub import CONFIG, read_config
 from cachefold.policies import list_policies
 
 NO_CODEC = "none"
+POOLED = "gqa"  # the policy that does nothing but pool kv heads
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -201,7 +202,8 @@ def _same_base(one: str, other: str) -> bool:
 def find_artefact(policy: str, cr: float | None, naming: Naming) -> Path:
     """The artefact of a policy at a ratio (None = it has none), for the base that is compared.
 
-    One made for the ratio comes before a dial that covers it.
+    One made for the ratio comes before a dial that covers it. One that pools kv heads besides is
+    another method, which only its folder names.
 
     Raises:
         ValueError: none, with the command that makes it; or several.
@@ -212,6 +214,8 @@ def find_artefact(policy: str, cr: float | None, naming: Naming) -> Path:
         for place, config in _artefacts(folder):
             made = config["policy"]
             if made["name"] != policy or not _same_base(config["base"]["id"], naming.base):
+                continue
+            if made.get("kv_heads") and policy != POOLED:
                 continue
             ratio, most = made.get("cr"), made.get("max_cr")
             ratios |= set() if ratio is None else {most or ratio}

@@ -69,6 +69,7 @@ def test_artefacts_by_name(tmp_path: Path) -> None:
     four = artefact(runs, "b-dms-cr4/final", "dms", cr=4)
     artefact(runs, "b-dms-cr2/final", "dms", cr=2)  # the first folder wins
     artefact(shipped, "other", "dms", base="c", cr=2)
+    artefact(shipped, "both", "dms", cr=2, kv_heads=1)  # pooled too: by its folder only
     pooled = artefact(shipped, "b-gqa", "gqa", kv_heads=1)
     (shipped / "broken").mkdir()
     (shipped / "broken/cachefold.json").write_text("{")
