@@ -23,6 +23,8 @@ def check_data(data: DataConfig) -> None:
         raise ValueError(f"data.seq_len must be at least 2 tokens, got {data.seq_len}")
     if data.held_out < 1:
         raise ValueError(f"data.held_out must be at least 1 sequence, got {data.held_out}")
+    if not 0 <= data.recall < 1:
+        raise ValueError(f"data.recall is a share of the text, 0 to below 1, got {data.recall}")
     if data.files and data.dataset:
         raise ValueError("give data.files or data.dataset, not both")
 

@@ -34,6 +34,9 @@ class DataConfig:
     """Field of a row that holds the text; rows with `messages` go through the chat template."""
     seq_len: int = 512
     """Tokens per training sequence; also the length at which the target ratio is meant."""
+    recall: float = 0.0
+    """Share of the training text that is made to say things again (`retrofit.recall`), in
+    [0, 1): what a folded cache must keep to find something later. Made of the same text."""
     held_out: int = 8
     """Sequences kept out of training and used for the final measurement of the ratio."""
 

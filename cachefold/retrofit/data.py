@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.utils.data import Dataset
 
 from cachefold.core.dial import DEFAULT_PRESET
 from cachefold.retrofit.config import DataConfig
+from cachefold.retrofit.recall import recall_texts
 from cachefold.text import Row, TextError, evenly_spaced, pack_rows, read_file
 
 _ADVICE = {
@@ -63,13 +65,14 @@ def load_blocks(data: DataConfig, tokenizer: Any) -> Tensor:
         tokenizer: a Hugging Face tokenizer.
 
     Returns:
-        (M, seq_len) int64, in the order of the files.
+        (M, seq_len) int64, in the order of the files; those made for recall come last.
 
     Raises:
         ValueError: missing file, broken line, missing field, or not enough text.
     """
+    rows = itertools.chain(_rows(data), _recall_rows(data) if data.recall else ())
     try:
-        return pack_rows(_rows(data), tokenizer, data.seq_len, data.text_field)
+        return pack_rows(rows, tokenizer, data.seq_len, data.text_field)
     except TextError as error:
         raise ValueError(f"training data: {error}; {_ADVICE[error.about]}") from error
 
@@ -145,6 +148,29 @@ def _rows(data: DataConfig) -> Iterator[Row]:
         raise ValueError("the recipe names no text: set data.files, or data.dataset")
     for file in data.files:
         yield from read_file(file)
+
+
+def _recall_rows(data: DataConfig) -> Iterator[Row]:
+    """Rows of `recall_texts`, as many that they are `data.recall` of all text."""
+    texts = [_prose(fields, data.text_field) for _, fields in _rows(data)]
+    left = sum(map(len, texts)) * data.recall / (1 - data.recall)
+    for seed in itertools.count():
+        made = 0
+        for text in recall_texts(texts, seed):
+            yield "recall", {data.text_field: text}
+            made += len(text)
+            if made >= left:
+                return
+        if not made:
+            raise TextError("data.recall takes text with sentences, and there are none", "empty")
+        left -= made
+
+
+def _prose(fields: dict[str, Any], text_field: str) -> str:
+    """The text of a row, without the marks of a chat template."""
+    if isinstance(fields.get(text_field), str):
+        return str(fields[text_field])
+    return " ".join(str(message.get("content")) for message in fields.get("messages", ()))
 
 
 def _dataset_rows(name: str, split: str) -> Iterator[Row]:
