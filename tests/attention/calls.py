@@ -135,17 +135,71 @@ def paged_call(case, dtype, seed=0, device="cpu"):
     )
 
 
-def wide(call):
-    """The same call in float64; integers, flags and decisions as they are, tensors copied."""
+def chunk_call(
+    queries, *, seed=0, batch=1, kv_heads=2, groups=3, older=0, before=0, rate=0.5, delay=4,
+    dim=6, value_dim=4, page_size=16, softcap=None, padding=0.2,
+):  # fmt: skip
+    """A chunk in float64: `rate` of the queries see one entry more than the query before.
+
+    There are no pages and columns but those needed; `older` exact tokens come before the chunk.
+    """
+    draw = Draw(seed, "cpu")
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=draw.generator, dtype=torch.float64)
+
+    first = draw.below(before + 1, batch, kv_heads, 1)
+    visible = first + draw.chance(rate, batch, kv_heads, queries).long().cumsum(-1)
+    held = -(-visible[..., -1] // page_size)
+    column = torch.arange(int(held.max()))
+    table = torch.randperm(held.numel() * len(column) + 1, generator=draw.generator)[:-1].int()
+    table = table.view(batch, kv_heads, len(column))
+    pages = torch.full((table.numel() + 1, page_size * (dim + value_dim)), torch.nan).double()
+    for b in range(batch):
+        for k in range(kv_heads):
+            slot = torch.arange(int(visible[b, k, -1]))
+            page, row = table[b, k, slot // page_size].long(), slot % page_size
+            key_view(pages, page_size, dim)[page, :, row] = normal(len(slot), dim)
+            value_view(pages, page_size, dim)[page, row] = normal(len(slot), value_dim)
+    table[column >= held[..., None]] = -1
+    return PagedCall(
+        query=normal(batch, kv_heads * groups, queries, dim), pages=pages, page_size=page_size,
+        table=table, visible=visible, open_key=normal(batch, kv_heads, queries, dim),
+        open_value=normal(batch, kv_heads, queries, value_dim),
+        open_valid=draw.chance(1 - padding, batch, queries),
+        exact_key=normal(batch, kv_heads, queries + older, dim),
+        exact_value=normal(batch, kv_heads, queries + older, value_dim),
+        exact_valid=draw.chance(1 - padding, batch, queries + older),
+        delay=delay, scaling=0.5, softcap=softcap,
+    )  # fmt: skip
+
+
+def seeing(call):
+    """(B, K, Q) True where a query sees anything at all; elsewhere the output is free."""
+    queries, tokens = call.query.shape[2], call.exact_valid.shape[1]
+    device = call.exact_valid.device
+    row = torch.arange(queries, device=device)[:, None] + tokens - queries
+    column = torch.arange(tokens, device=device)
+    near = (column <= row) & (column > row - call.delay) & call.exact_valid[:, None]
+    return (call.open_valid | near.any(-1))[:, None] | (call.visible > 0)
+
+
+def converted(call, dtype):
+    """The same call in another dtype; integers and flags as they are, tensors copied."""
 
     def convert(value):
         if isinstance(value, Tokens):
             return Tokens(*(convert(tensor) for tensor in value.tensors()))
         if not isinstance(value, torch.Tensor):
             return value
-        return value.double() if value.is_floating_point() else value.clone()
+        return value.to(dtype, copy=True) if value.is_floating_point() else value.clone()
 
     return replace(call, **{f.name: convert(getattr(call, f.name)) for f in fields(call)})
+
+
+def wide(call):
+    """The same call in float64."""
+    return converted(call, torch.float64)
 
 
 def state(call):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from cachefold.attention import reference
-from tests.attention.calls import Case, Draw, paged_call, state, step_call, wide
+from tests.attention.calls import Case, Draw, paged_call, seeing, state, step_call, wide
 
 pytest.importorskip("numba", reason="numba is not installed")
 from cachefold.attention import numba_backend, numba_calls  # noqa: E402
@@ -59,23 +59,13 @@ def close(actual, expected, dtype):
     torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
 
 
-def seeing(call):
-    """(B, K, 1, Q) True where a query sees anything at all; elsewhere the output is free."""
-    queries, tokens = call.query.shape[2], call.exact_valid.shape[1]
-    row = torch.arange(queries)[:, None] + tokens - queries
-    column = torch.arange(tokens)
-    near = (column <= row) & (column > row - call.delay) & call.exact_valid[:, None]
-    sees = (call.open_valid | near.any(-1))[:, None] | (call.visible > 0)
-    return sees[:, :, None, :, None]
-
-
 @DTYPES
 @pytest.mark.parametrize("queries", [1, 2, 37])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_attend(case, queries, dtype, threads):
     call = paged_call(replace(case, queries=queries), dtype)
     assert BACKEND.supports(call) == (True, "")
-    sees = seeing(call).expand(-1, -1, case.groups, -1, -1).flatten(1, 2)
+    sees = seeing(call).repeat_interleave(case.groups, 1)[..., None]
     out = BACKEND.attend(call)
     assert out.dtype == dtype and out.isfinite().all()
     close(out * sees, reference.attend(wide(call)) * sees, dtype)

@@ -31,10 +31,11 @@ TARGETS = {
 
 
 def test_kernels_equal_the_references_in_the_interpreter():
-    cases = Path(__file__).with_name("triton_train_cases.py")
+    names = ("triton_train_cases.py", "triton_scan_cases.py")
+    cases = [str(Path(__file__).with_name(name)) for name in names]
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "--tb=short", "-p", "no:cacheprovider", str(cases)],
+        [sys.executable, "-m", "pytest", "--tb=short", "-p", "no:cacheprovider", *cases],
         capture_output=True, text=True, env=os.environ | environment, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]

@@ -7,18 +7,11 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 from cachefold.attention import blocked, triton_train
+from tests.attention.triton_gradients import DEVICE, TOLERANCES, assert_near, with_gradients
+from tests.attention.triton_scan_cases import *  # noqa: F403
+from tests.attention.triton_scan_cases import check_scan
 from tests.attention.triton_train_cases import *  # noqa: F403
-from tests.attention.triton_train_cases import (
-    DEVICE,
-    TOLERANCES,
-    Case,
-    assert_near,
-    attend,
-    attention_inputs,
-    check_attention,
-    check_scan,
-    with_gradients,
-)
+from tests.attention.triton_train_cases import Case, attend, attention_inputs, check_attention
 
 pytestmark = [
     pytest.mark.gpu,

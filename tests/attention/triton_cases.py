@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 import triton
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from cachefold.attention import reference, triton_backend, triton_decode, triton_step
 from cachefold.core.tokens import Tokens
 from tests.attention import calls
-from tests.attention.calls import Case, Draw
+from tests.attention.calls import Case, Draw, seeing
+from tests.attention.watch import Waits, poison
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
@@ -44,17 +44,7 @@ CASES_SHORT = CASES[:3]
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
-    """Outputs and buffers start as NaN: what a kernel forgets to write shows."""
-
-    def poison(allocate):
-        def allocate_nan(*args, **kwargs):
-            tensor = allocate(*args, **kwargs)
-            return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
-
-        return allocate_nan
-
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+    poison(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
@@ -213,8 +203,7 @@ def test_attend_equals_reference_for_odd_shapes(case, queries):
 
 def check_attend(case, dtype):
     call = paged_call(case, dtype)
-    sees = (call.visible > 0) | call.open_valid[:, None]
-    sees |= reference._is_exact(call).any(-1)[:, None]
+    sees = seeing(call)
     want, got = reference.attend(widened(call)), BACKEND.attend(call)
     assert sees.any() and got.dtype == dtype
     assert_outputs(got, want, sees, TOLERANCE[dtype])
@@ -235,18 +224,6 @@ def test_an_attend_changes_nothing():
             torch.testing.assert_close(
                 getattr(call, field.name), getattr(before, field.name), equal_nan=True
             )
-
-
-class NoLookAtTheDevice(TorchDispatchMode):
-    """Fails where the host waits for a number of the device."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func.overloadpacket not in (
-            torch.ops.aten._local_scalar_dense,
-            torch.ops.aten.nonzero,
-            torch.ops.aten.is_nonzero,
-        )
-        return func(*args, **kwargs or {})
 
 
 @pytest.fixture
@@ -272,8 +249,9 @@ def test_launches_do_not_depend_on_lengths(launches):
     empty = replace(copied(full), lengths=torch.zeros_like(full.lengths))
     empty.tail.valid.zero_()
     for call in (full, empty):
-        with NoLookAtTheDevice():
+        with Waits() as waits:
             BACKEND.step(call)
+        assert not waits.seen
     assert [launch[:3] for launch in launches[:3]] == [launch[:3] for launch in launches[3:]]
     *_, kwargs = launches[4]
     entries, rest = kwargs["p_part"].split([kwargs["p_part"].shape[2] - 1, 1], 2)

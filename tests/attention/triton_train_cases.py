@@ -1,4 +1,4 @@
-"""Triton's training attention and pooling scan against the references, forward and gradient.
+"""Triton's training attention against the reference, forward and gradient.
 
 `test_triton_train` runs this module in Triton's interpreter, `test_triton_train_gpu` on a GPU.
 """
@@ -11,20 +11,21 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-import triton
 
-from cachefold.attention import reference, triton_scan, triton_train, triton_train_tiles
+from cachefold.attention import reference, triton_train, triton_train_tiles
 from cachefold.attention.call import ParallelCall
-from cachefold.core import merging
-
-INTERPRETED = triton.knobs.runtime.interpret
-DEVICE = "cpu" if INTERPRETED else "cuda"
-BATCH = 2
-# Largest error, as a part of the largest expected number; the float64 reference gets the same
-# rounded inputs. Half precision rounds probabilities, the output and the gradients once each; the
-# interpreter truncates to bfloat16 where a GPU rounds.
-TOLERANCES = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
-HALVES = [torch.float16, torch.bfloat16]
+from tests.attention.triton_gradients import (
+    BATCH,
+    DEVICE,
+    HALVES,
+    INTERPRETED,
+    TOLERANCES,
+    assert_near,
+    draw_alpha,
+    drawer,
+    with_gradients,
+)
+from tests.attention.watch import poison
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,20 +57,7 @@ CASES = [
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
-    """What a kernel leaves unwritten is NaN; yields the sizes of all that was allocated."""
-    sizes = []
-
-    def poison(allocate):
-        def poisoned(*args, **kwargs):
-            tensor = allocate(*args, **kwargs)
-            sizes.append(tensor.numel())
-            return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
-
-        return poisoned
-
-    for name in ("empty", "empty_like"):
-        monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
-    return sizes
+    return poison(monkeypatch)
 
 
 @pytest.fixture
@@ -79,23 +67,6 @@ def small_tiles(monkeypatch):
         for key, blocks in getattr(triton_train_tiles, table).items():
             small = replace(blocks, rows=16, columns=16)
             monkeypatch.setitem(getattr(triton_train_tiles, table), key, small)
-
-
-def draw_alpha(draw, kind, *shape):
-    alpha = torch.sigmoid(2 * draw(*shape))
-    if kind == "hard":
-        return alpha.round()
-    return {
-        "soft": alpha,
-        "mild": 0.8 + 0.2 * alpha,  # what is carried over a block is still felt
-        "merge": torch.ones_like(alpha),
-        "append": 0 * alpha,
-    }[kind]
-
-
-def drawer(seed):
-    generator = torch.Generator().manual_seed(seed)
-    return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 def attention_inputs(case, dtype, seed=0):
@@ -127,25 +98,6 @@ def attend(parallel, case, leaves, valid):
             scaling=case.dim**-0.5, softcap=case.softcap,
         )
     )  # fmt: skip
-
-
-def with_gradients(function, leaves, grads):
-    """Outputs of function(leaves), then the gradient of every leaf (0 where none flows)."""
-    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
-    outputs = function(leaves)
-    torch.autograd.backward(outputs, [g.to(o.dtype) for o, g in zip(outputs, grads, strict=True)])
-    return [
-        *(output.detach() for output in outputs),
-        *(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves),
-    ]
-
-
-def assert_near(actual, expected, tolerance):
-    assert len(actual) == len(expected)
-    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
-        assert a.isfinite().all(), f"number {i}"
-        error = (a.double() - e).abs().max().item()
-        assert error <= tolerance * max(1.0, e.abs().max().item()), f"number {i}"
 
 
 def check_attention(case, dtype):
@@ -252,63 +204,6 @@ def test_refuses_what_it_cannot_do(dtype, dim, told):
     leaves, valid, _ = attention_inputs(case, dtype)
     with pytest.raises(ValueError, match=told):
         attend(triton_train.parallel, case, leaves, valid)
-
-
-def check_scan(tokens, dim, value_dim, kind, window, dtype=torch.float32):
-    draw = drawer(tokens)
-    shape = BATCH, 1, tokens
-    key, value = draw(*shape, dim).to(DEVICE, dtype), draw(*shape, value_dim).to(DEVICE, dtype)
-    alpha, omega = draw_alpha(draw, kind, *shape), torch.sigmoid(draw(*shape)) + 0.01
-    leaves = [key, value, alpha.to(DEVICE, torch.float32), omega.to(DEVICE, torch.float32)]
-    grads = [draw(*shape, dim), draw(*shape, value_dim), draw(*shape)]
-    grads = [grad.to(DEVICE) for grad in grads]
-
-    def run(means):
-        return lambda leaves: means(*leaves, window)
-
-    actual = with_gradients(run(triton_scan.running_means), leaves, grads)
-    double = [leaf.double() for leaf in leaves]
-    expected = with_gradients(run(merging.running_means), double, grads)
-    assert [a.dtype for a in actual[:3]] == [torch.float32] * 3
-    assert [a.dtype for a in actual[3:]] == [leaf.dtype for leaf in leaves]
-    # Everything is computed in float32; half precision rounds the gradients of x once, at the end.
-    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
-        tolerance = TOLERANCES[dtype] if i in (3, 4) else TOLERANCES[torch.float32]
-        assert_near([a], [e], tolerance)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "dim", "value_dim", "kind", "window"),
-    [
-        (1, 16, 16, "soft", None),
-        (7, 64, 16, "hard", None),
-        (33, 80, 64, "soft", None),
-        (70, 16, 16, "merge", None),
-        (70, 16, 16, "hard", None),
-        (70, 16, 16, "append", None),
-        (1, 16, 16, "soft", 12),
-        (7, 64, 16, "soft", 2),
-        (33, 16, 16, "soft", 1),
-        (33, 80, 16, "hard", 12),
-        (70, 16, 16, "soft", 12),
-        (70, 16, 16, "mild", 40),
-        (33, 16, 16, "append", 12),
-    ],
-)
-def test_scan_equals_reference(tokens, dim, value_dim, kind, window):
-    check_scan(tokens, dim, value_dim, kind, window)
-
-
-@pytest.mark.parametrize("window", [None, 12])
-@pytest.mark.parametrize("dtype", HALVES)
-def test_half_precision_scan_equals_reference(dtype, window):
-    check_scan(20, 16, 16, "soft", window, dtype)
-
-
-def test_scan_refuses_float64():
-    x, weight = torch.ones(1, 1, 2, 4, dtype=torch.float64), torch.ones(1, 1, 2)
-    with pytest.raises(ValueError, match="core.merging.running_means"):
-        triton_scan.running_means(x, x, weight, weight)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the examples are on the CPU")

@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig
 
 from cachefold.cache import FoldedCache, FoldedLayer
 from cachefold.cache.entries import PagedEntries
 from cachefold.core.tokens import Tokens
+from tests.cache.caches import extend, new_cache, state
 from tests.cache.texts import HEADS, Text, expected_step, feed, make_text, run_step
 
 
@@ -73,31 +73,11 @@ def test_a_prompt_in_inference_mode_and_steps_outside_of_it(first):
     torch.testing.assert_close(got[1, 1], expected_step(text, 1, 1, 59, 2))
 
 
-def new_cache(max_bytes: int | None = None, delay: int = 4) -> FoldedCache:
-    config = LlamaConfig(
-        num_hidden_layers=3, hidden_size=24, num_attention_heads=4, num_key_value_heads=HEADS
-    )
-    return FoldedCache(config, [0, 2], delay=delay, max_bytes=max_bytes)
-
-
-def extend(cache: FoldedCache, text: Text, start: int, stop: int) -> None:
-    part = text.part(start, stop)
-    cache.layers[0].extend(Tokens(*part))
-    cache.update(part[0], part[1], 1)
-    cache.layers[2].extend(Tokens(*part))
-
-
 def step(cache: FoldedCache, text: Text, i: int) -> torch.Tensor:
     part = text.part(i, i + 1)
     run_step(cache.layers[0], text, i)
     cache.update(part[0], part[1], 1)
     return run_step(cache.layers[2], text, i)
-
-
-def state(cache: FoldedCache) -> list:
-    folded = [layer.tensors() for layer in (cache.layers[0], cache.layers[2])]
-    listed = [{name: tensor.tolist() for name, tensor in parts.items()} for parts in folded]
-    return [listed, cache.layers[1].keys.tolist(), cache.get_seq_length()]
 
 
 @pytest.mark.parametrize("delay", [0, 4])

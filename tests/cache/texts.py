@@ -12,6 +12,7 @@ from cachefold.attention import reference
 from cachefold.attention.call import StepCall
 from cachefold.cache import FoldedLayer, Stream
 from cachefold.cache.entries import PagedEntries
+from cachefold.cache.packed_entries import PackedEntries
 from cachefold.core.pages import gather
 from cachefold.core.tokens import Tokens
 
@@ -167,6 +168,17 @@ def poison_pages(entries: PagedEntries) -> None:
             used[head[slot // pool.page_size], slot % pool.page_size] = True
     pool.keys.transpose(1, 2)[~used] = math.nan
     pool.values[~used] = math.nan
+
+
+def poison_packed(entries: PackedEntries) -> None:
+    """Garbage into every place that holds no entry."""
+    held = entries.lengths - entries.lists.lengths
+    empty = torch.arange(entries.exact["key"].shape[2]) >= held[..., None]
+    for part in entries.exact.values():
+        part[empty] = math.nan
+    free = sorted(set(range(entries.lists.pool.num_pages))
+                  - set(entries.lists.table[entries.lists.table >= 0].tolist()))  # fmt: skip
+    entries.lists.pool.data[free] = 255
 
 
 def feed(layer: FoldedLayer, text: Text, bounds: list[int], check=None):
