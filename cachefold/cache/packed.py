@@ -139,7 +139,11 @@ class PackedStore:
     def nbytes_with(self, lengths: Tensor) -> int:
         """Bytes at least, once the heads hold `lengths` (B, K), none less than now."""
         packed = packed_count(lengths)
-        return self.lists.nbytes_with(packed) + self._beside(len(lengths), most(lengths - packed))
+        width = most(lengths - packed)
+        if torch.equal(packed, self.lists.lengths):
+            # Nothing is packed, so the exact entries stay as wide as they are.
+            width = max(width, self.exact["key"].shape[2])
+        return self.lists.nbytes_with(packed) + self._beside(len(lengths), width)
 
     def nbytes_at(self, rows: Tensor) -> int:
         """Bytes after `select(rows)`."""

@@ -7,7 +7,7 @@ import doctest
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cachefold.cache import packed, packed_entries
@@ -113,6 +113,10 @@ LOAD = st.tuples(st.just("load"))
 @given(
     batch=st.integers(1, 3), page_size=st.sampled_from([16, 32]),
     actions=st.lists(st.one_of(APPEND, APPEND, SELECT, LOAD), max_size=8),
+)  # fmt: skip
+# The kept request is the shorter one, and its exact entries stay as wide as the longer had them.
+@example(
+    batch=2, page_size=16, actions=[("append", 22, 0), ("select", [1]), ("append", 1, 0)]
 )  # fmt: skip
 def test_entries_are_exact_when_new_then_packed(codec, batch, page_size, actions):
     lists = Lists(batch, codec, page_size)
