@@ -19,9 +19,7 @@ _FARTHEST = 40  # sentences between two mentions, at most
 
 _SYLLABLES = "ba bel cor dan den dor el fa fen gar hal il jo ka lan lo mar mi nor ol pe ra ris sa "
 _SYLLABLES += "sten ta tor ul va wen yo zel"
-_THINGS = (
-    "boat cabinet ledger machine parcel lamp painting bicycle tent violin crate garden".split()
-)
+_THINGS = "boat cabinet ledger machine parcel lamp painting bicycle tent violin garden".split()
 _COLOURS = "red green grey white black brown orange purple".split()
 
 # (said, asked): the answer to what is asked is what was said.
