@@ -14,25 +14,42 @@ from collections.abc import Iterable, Iterator, Sequence
 
 SENTENCES = 120
 """Sentences of a source text in one text of this kind."""
-_FACT, _QUOTE, _MONOTONOUS = 0.3, 0.06, 0.2
+_FACT, _QUOTE, _MONOTONOUS, _BOTH_WAYS = 0.3, 0.06, 0.3, 0.4
 _FARTHEST = 40  # sentences between two mentions, at most
 
 _SYLLABLES = "ba bel cor dan den dor el fa fen gar hal il jo ka lan lo mar mi nor ol pe ra ris sa "
 _SYLLABLES += "sten ta tor ul va wen yo zel"
-_THINGS = "boat cabinet ledger machine parcel lamp painting bicycle tent violin garden".split()
-_COLOURS = "red green grey white black brown orange purple".split()
+_WORDS = {
+    "thing": "boat cabinet ledger machine parcel lamp painting bicycle tent violin cage house wind "
+    "bread river clock door horse paper stone street kitchen winter coat",
+    "quality": "red white black brown orange purple old cold warm heavy quiet round wide new clean "
+    "slow broken late empty soft",
+    "kind": "account room year ticket licence weight price locker register extension total depth",
+    "phrase": "So it goes. |Day after day. |And then the next. |Nothing else is new. |",
+}
+_CHOICES = {
+    name: [word.strip() for word in words.split("|" if "|" in words else None)]
+    for name, words in _WORDS.items()
+}
 
-# (said, asked): the answer to what is asked is what was said.
+# (said, the other way around or "", asked): the answer to what is asked is what was said.
 _TEMPLATES = (
-    ("The {thing} of {name} has the number {number}.", "Which number has the {thing} of {name}?"),
-    ("{name} can be reached at {phone}.", "How can {name} be reached?"),
-    ("In the register {name} is entered under {mark}.", "Under what is {name} entered?"),
-    ("{name} waits in room {room} at {time}.", "Where and when does {name} wait?"),
-    ("{name} paid {number} for the {colour} {thing}.", "What did {name} pay?"),
-    ("The {colour} {thing} belongs to {name}.", "Whose is the {colour} {thing}?"),
-    ("The word for {thing} is {word} in the speech of {name}.", "What does {name} call a {thing}?"),
-    ("{mark}: {name}, {room} {word}", "What is the line of {mark}?"),
-)
+    ("The {thing} of {name} has the number {number}.", "", "What number has the {thing}?"),
+    ("The {kind} of {name} is {number}.", "{number} is the {kind} of {name}.",
+     "What is the {kind} of {name}?"),
+    ("The {kind} is {number}.", "{number} is the {kind}.", "What is the {kind}?"),
+    ("The {quality} {thing} is {mark}.", "{mark} is the {quality} {thing}.",
+     "Which one is the {quality} {thing}?"),
+    ("{name} can be reached at {phone}.", "{phone} reaches {name}.", "How to reach {name}?"),
+    ("In the register {name} is {mark}.", "{mark} is {name}.", "What is {name} there?"),
+    ("{name} waits in room {room} at {time}.", "", "Where and when does {name} wait?"),
+    ("{name} paid {number} for the {quality} {thing}.", "", "What did {name} pay?"),
+    ("The {quality} {thing} belongs to {name}.", "{name} has the {quality} {thing}.",
+     "Whose is the {quality} {thing}?"),
+    ("The word for {thing} is {word} with {name}.", "{word} is their word for {thing}.",
+     "What is the word for {thing}?"),
+    ("{mark}: {name}, {room} {word}", "", "What is the line of {mark}?"),
+)  # fmt: skip
 _LEADS = ("", "", "Again: ", "As said before, ", "To repeat it: ")
 
 
@@ -60,11 +77,11 @@ def recall_texts(texts: Iterable[str], seed: int) -> Iterator[str]:
 def recall_text(sentences: Sequence[str], rng: random.Random) -> str:
     """One such text: facts between sentences, most of both said again later.
 
-    One text in five goes around and around a few of its sentences, as little else is as easy to
-    compress and to get lost in.
+    Three texts in ten go around and around a few sentences, as little else is as easy to compress
+    and to get lost in.
     """
     if rng.random() < _MONOTONOUS:
-        few = rng.sample(sentences, min(len(sentences), rng.randint(3, 6)))
+        few = _plain(rng) if rng.random() < 0.5 else rng.sample(sentences, min(len(sentences), 5))
         sentences = list(itertools.islice(itertools.cycle(few), len(sentences)))
     due: dict[int, list[str]] = {}
     told: list[str] = []
@@ -72,10 +89,11 @@ def recall_text(sentences: Sequence[str], rng: random.Random) -> str:
         told.append(sentence)
         told += due.pop(index, [])
         if rng.random() < _FACT:
-            said, asked = _fact(rng)
-            told.append(said)
+            said, reverse, asked = _fact(rng)
+            told += [said, reverse] if reverse and rng.random() < _BOTH_WAYS else [said]
             for _ in range(rng.randint(1, 3)):
-                due.setdefault(index + _gap(rng), []).append(_mention(said, asked, rng))
+                again = f"{asked} {said}" if rng.random() < 0.5 else rng.choice(_LEADS) + said
+                due.setdefault(index + _gap(rng), []).append(again)
         if rng.random() < _QUOTE:
             due.setdefault(index + _gap(rng), []).append(f'As was said: "{sentence}"')
     return " ".join(told)
@@ -87,30 +105,30 @@ def _sentences(text: str) -> list[str]:
     return [part for part in parts if 10 <= len(part) <= 300]
 
 
+def _plain(rng: random.Random) -> list[str]:
+    """A few sentences that say nothing."""
+    things, qualities = (rng.sample(_CHOICES[name], 4) for name in ("thing", "quality"))
+    said = [f"The {one} is {other}." for one, other in zip(things, qualities, strict=True)]
+    return [*said, *filter(None, [rng.choice(_CHOICES["phrase"])])]
+
+
 def _gap(rng: random.Random) -> int:
     """Sentences until something is said again: as often 1 to 6 as 6 to 40."""
     return max(1, round(_FARTHEST ** rng.random()))
 
 
-def _mention(said: str, asked: str, rng: random.Random) -> str:
-    if rng.random() < 0.4:
-        return f"{asked} {said}"
-    return rng.choice(_LEADS) + said
-
-
-def _fact(rng: random.Random) -> tuple[str, str]:
-    values = {
+def _fact(rng: random.Random) -> tuple[str, ...]:
+    values = {name: rng.choice(words) for name, words in _CHOICES.items()} | {
         "name": f"{_word(rng, 2).title()} {_word(rng, 3).title()}",
-        "thing": rng.choice(_THINGS), "colour": rng.choice(_COLOURS), "word": _word(rng, 3),
+        "word": _word(rng, 3),
         "number": str(rng.randrange(10 ** rng.randint(2, 7))),
         "phone": f"{rng.randrange(100, 1000)}-{rng.randrange(1000, 10_000)}",
         "mark": f"{''.join(rng.choices('ABCDEFGHKLMNPRSTUVWXZ', k=rng.randint(1, 3)))}-"
         f"{rng.randrange(10, 10_000)}",
         "room": str(rng.randrange(1, 500)),
         "time": f"{rng.randrange(24)}:{rng.randrange(60):02d}",
-    }  # fmt: skip
-    said, asked = rng.choice(_TEMPLATES)
-    return said.format(**values), asked.format(**values)
+    }
+    return tuple(part.format(**values) for part in rng.choice(_TEMPLATES))
 
 
 def _word(rng: random.Random, syllables: int) -> str:
