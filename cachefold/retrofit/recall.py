@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 SENTENCES = 120
 """Sentences of a source text in one text of this kind."""
-_FACT, _QUOTE, _MONOTONOUS, _BOTH_WAYS = 0.3, 0.06, 0.3, 0.4
+_QUOTE, _MONOTONOUS, _BOTH_WAYS = 0.06, 0.6, 0.4
 _FARTHEST = 40  # sentences between two mentions, at most
 
 _SYLLABLES = "ba bel cor dan den dor el fa fen gar hal il jo ka lan lo mar mi nor ol pe ra ris sa "
@@ -63,9 +63,9 @@ def recall_texts(texts: Iterable[str], seed: int) -> Iterator[str]:
     Yields:
         Texts of about `SENTENCES` sentences of a source each.
 
-    >>> [text] = recall_texts(["It is late. The road was long. " * 20], seed=3)
-    >>> print(text[:86])
-    It is late. The road was long. It is late. Yomar Joyo paid 408878 for the purple tent.
+    >>> [text] = recall_texts(["It is late. The road was long. " * 20], seed=7)
+    >>> text.split(". ")[:3]
+    ['It is late', 'Torden Dorul waits in room 286 at 4:18', 'It is late']
     """
     rng = random.Random(seed)
     for text in texts:
@@ -77,9 +77,10 @@ def recall_texts(texts: Iterable[str], seed: int) -> Iterator[str]:
 def recall_text(sentences: Sequence[str], rng: random.Random) -> str:
     """One such text: facts between sentences, most of both said again later.
 
-    Three texts in ten go around and around a few sentences, as little else is as easy to compress
-    and to get lost in.
+    Six texts in ten go around and around a few sentences, as little else is as easy to compress
+    and to get lost in. Facts stand after every third sentence to every fiftieth.
     """
+    rate = 0.4 * 20 ** -rng.random()
     if rng.random() < _MONOTONOUS:
         few = _plain(rng) if rng.random() < 0.5 else rng.sample(sentences, min(len(sentences), 5))
         sentences = list(itertools.islice(itertools.cycle(few), len(sentences)))
@@ -88,10 +89,10 @@ def recall_text(sentences: Sequence[str], rng: random.Random) -> str:
     for index, sentence in enumerate(sentences):
         told.append(sentence)
         told += due.pop(index, [])
-        if rng.random() < _FACT:
+        if rng.random() < rate:
             said, reverse, asked = _fact(rng)
             told += [said, reverse] if reverse and rng.random() < _BOTH_WAYS else [said]
-            for _ in range(rng.randint(1, 3)):
+            for _ in range(rng.randint(2, 4)):
                 again = f"{asked} {said}" if rng.random() < 0.5 else rng.choice(_LEADS) + said
                 due.setdefault(index + _gap(rng), []).append(again)
         if rng.random() < _QUOTE:
