@@ -168,9 +168,11 @@ def _recall_rows(data: DataConfig) -> Iterator[Row]:
 
 def _prose(fields: dict[str, Any], text_field: str) -> str:
     """The text of a row, without the marks of a chat template."""
-    if isinstance(fields.get(text_field), str):
-        return str(fields[text_field])
-    return " ".join(str(message.get("content")) for message in fields.get("messages", ()))
+    text = fields.get(text_field, fields.get("text"))  # that of a .txt file is always `text`
+    if isinstance(text, str):
+        return text
+    contents = [message.get("content") for message in fields.get("messages", ())]
+    return " ".join(content for content in contents if isinstance(content, str))
 
 
 def _dataset_rows(name: str, split: str) -> Iterator[Row]:

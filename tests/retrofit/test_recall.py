@@ -67,11 +67,14 @@ def test_one_sentence_is_enough() -> None:
     assert "Only this one" in recall_text(["Only this one."], random.Random(0))
 
 
-def test_the_share_of_a_recipe(tmp_path: Path) -> None:
+@pytest.mark.parametrize("field", ["text", "body"])  # a .txt file has no fields to name
+def test_the_share_of_a_recipe(tmp_path: Path, field: str) -> None:
     (tmp_path / "a.txt").write_text(PROSE[0])
     counts = {}
     for share in (0.0, 0.5, 0.75):
-        data = DataConfig(files=[str(tmp_path / "a.txt")], seq_len=16, recall=share)
+        data = DataConfig(
+            files=[str(tmp_path / "a.txt")], seq_len=16, recall=share, text_field=field
+        )
         counts[share] = len(load_blocks(data, make_tokenizer()))
     assert counts[0.5] > 1.7 * counts[0.0] and counts[0.75] > 3.4 * counts[0.0]
 
