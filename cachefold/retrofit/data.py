@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -70,7 +70,10 @@ def load_blocks(data: DataConfig, tokenizer: Any) -> Tensor:
     Raises:
         ValueError: missing file, broken line, missing field, or not enough text.
     """
-    rows = itertools.chain(_rows(data), _recall_rows(data) if data.recall else ())
+    rows: Iterable[Row] = _rows(data)
+    if data.recall:
+        rows = list(rows)  # read once, used twice
+        rows = itertools.chain(rows, _recall_rows(rows, data))
     try:
         return pack_rows(rows, tokenizer, data.seq_len, data.text_field)
     except TextError as error:
@@ -150,9 +153,9 @@ def _rows(data: DataConfig) -> Iterator[Row]:
         yield from read_file(file)
 
 
-def _recall_rows(data: DataConfig) -> Iterator[Row]:
-    """Rows of `recall_texts`, as many that they are `data.recall` of all text."""
-    texts = [_prose(fields, data.text_field) for _, fields in _rows(data)]
+def _recall_rows(rows: Iterable[Row], data: DataConfig) -> Iterator[Row]:
+    """Rows of `recall_texts` of `rows`, as many that they are `data.recall` of all text."""
+    texts = [_prose(fields, data.text_field) for _, fields in rows]
     left = sum(map(len, texts)) * data.recall / (1 - data.recall)
     for seed in itertools.count():
         made = 0

@@ -1,8 +1,12 @@
 """Text that says things and says them again, so that a retrofit learns what to keep.
 
 In most text little depends on exact words from far back, and a model that forgets them loses next
-to nothing there. Here names, numbers and whole sentences come again up to a few hundred tokens
+to nothing there. Here names, numbers and whole sentences come again up to a thousand tokens
 later, which the teacher foresees by looking them up and the folded model has to as well.
+
+Nothing but the text itself gives away what is to come: any subject may have a value of any sort, a
+number, a word, a name or a description, and many texts hold one or two facts, so that no earlier
+answer shows how answers look.
 """
 
 from __future__ import annotations
@@ -12,10 +16,10 @@ import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-SENTENCES = 120
-"""Sentences of a source text in one text of this kind."""
-_QUOTE, _MONOTONOUS, _BOTH_WAYS = 0.06, 0.6, 0.4
-_FARTHEST = 40  # sentences between two mentions, at most
+SHORTEST, LONGEST = 1_000, 7_000
+"""Characters of a text of this kind, before what is put between; some 250 to 1,750 tokens."""
+MOST_FACTS = 24
+_QUOTE, _MONOTONOUS, _BOTH_WAYS, _OWN_WORDS = 0.05, 0.6, 0.4, 0.25
 
 _SYLLABLES = "ba bel cor dan den dor el fa fen gar hal il jo ka lan lo mar mi nor ol pe ra ris sa "
 _SYLLABLES += "sten ta tor ul va wen yo zel"
@@ -24,7 +28,8 @@ _WORDS = {
     "bread river clock door horse paper stone street kitchen winter coat",
     "quality": "red white black brown orange purple old cold warm heavy quiet round wide new clean "
     "slow broken late empty soft",
-    "kind": "account room year ticket licence weight price locker register extension total depth",
+    "kind": "account room year ticket licence weight price locker register extension total depth "
+    "code signal label gate station dosage prize answer winner reason colour address owner order",
     "phrase": "So it goes. |Day after day. |And then the next. |Nothing else is new. |",
 }
 _CHOICES = {
@@ -32,14 +37,15 @@ _CHOICES = {
     for name, words in _WORDS.items()
 }
 
+_SUBJECTS = ("{kind}", "{kind}", "{kind} of {name}", "{quality} {thing}", "{thing} of {name}")
+_VALUES = (
+    "{number}", "{number}", "{number}", "{word}", "{word}", "{name}", "{mark}", "{time}",
+    "{quality}", "the {quality} {thing}", "a {thing}", "in the {thing}",
+)  # fmt: skip
 # (said, the other way around or "", asked): the answer to what is asked is what was said.
-_TEMPLATES = (
+_IS = ("The {subject} is {value}.", "{value} is the {subject}.", "What is the {subject}?")
+_OTHERS = (
     ("The {thing} of {name} has the number {number}.", "", "What number has the {thing}?"),
-    ("The {kind} of {name} is {number}.", "{number} is the {kind} of {name}.",
-     "What is the {kind} of {name}?"),
-    ("The {kind} is {number}.", "{number} is the {kind}.", "What is the {kind}?"),
-    ("The {quality} {thing} is {mark}.", "{mark} is the {quality} {thing}.",
-     "Which one is the {quality} {thing}?"),
     ("{name} can be reached at {phone}.", "{phone} reaches {name}.", "How to reach {name}?"),
     ("In the register {name} is {mark}.", "{mark} is {name}.", "What is {name} there?"),
     ("{name} waits in room {room} at {time}.", "", "Where and when does {name} wait?"),
@@ -61,49 +67,63 @@ def recall_texts(texts: Iterable[str], seed: int) -> Iterator[str]:
         seed: another one draws other facts.
 
     Yields:
-        Texts of about `SENTENCES` sentences of a source each.
+        Texts of `SHORTEST` to `LONGEST` characters of a source, or what it has, and facts.
 
-    >>> [text] = recall_texts(["It is late. The road was long. " * 20], seed=7)
-    >>> text.split(". ")[:3]
-    ['It is late', 'Torden Dorul waits in room 286 at 4:18', 'It is late']
+    >>> [text] = recall_texts(["It is late. The road was long. " * 20], seed=8)
+    >>> "The year is stenzeljo. The road was long. What is the year? The year is sten" in text
+    True
     """
     rng = random.Random(seed)
     for text in texts:
         sentences = _sentences(text)
-        for start in range(0, len(sentences), SENTENCES):
-            yield recall_text(sentences[start : start + SENTENCES], rng)
+        while sentences:
+            taken = _up_to(sentences, _log_uniform(rng, SHORTEST, LONGEST))
+            sentences = sentences[len(taken) :]
+            yield recall_text(taken, rng)
 
 
 def recall_text(sentences: Sequence[str], rng: random.Random) -> str:
-    """One such text: facts between sentences, most of both said again later.
+    """One such text: facts between sentences, all of them said again later.
 
-    Six texts in ten go around and around a few sentences, as little else is as easy to compress
-    and to get lost in. Facts stand after every third sentence to every fiftieth.
+    Six texts in ten go around and around a few sentences instead, as little else is as easy to
+    compress and to get lost in. There are 1 to `MOST_FACTS` facts, as often few as many.
     """
-    rate = 0.4 * 20 ** -rng.random()
     if rng.random() < _MONOTONOUS:
         few = _plain(rng) if rng.random() < 0.5 else rng.sample(sentences, min(len(sentences), 5))
-        sentences = list(itertools.islice(itertools.cycle(few), len(sentences)))
+        sentences = _up_to(itertools.cycle(few), _log_uniform(rng, SHORTEST, LONGEST))
+    last = len(sentences) - 1
     due: dict[int, list[str]] = {}
+    for _ in range(_log_uniform(rng, 1, min(MOST_FACTS, 1 + last // 3))):
+        said, reverse, asked = _fact(rng)
+        place = rng.randint(0, last)
+        first = [said, reverse] if reverse and rng.random() < _BOTH_WAYS else [said]
+        due.setdefault(place, []).extend(first)
+        for _ in range(rng.randint(1, 3)):
+            again = f"{asked} {said}" if rng.random() < 0.6 else rng.choice(_LEADS) + said
+            due.setdefault(_later(rng, place, last), []).append(again)
     told: list[str] = []
-    for index, sentence in enumerate(sentences):
-        told.append(sentence)
-        told += due.pop(index, [])
-        if rng.random() < rate:
-            said, reverse, asked = _fact(rng)
-            told += [said, reverse] if reverse and rng.random() < _BOTH_WAYS else [said]
-            for _ in range(rng.randint(2, 4)):
-                again = f"{asked} {said}" if rng.random() < 0.5 else rng.choice(_LEADS) + said
-                due.setdefault(index + _gap(rng), []).append(again)
+    for place, sentence in enumerate(sentences):
+        told += [sentence, *due.pop(place, ())]
         if rng.random() < _QUOTE:
-            due.setdefault(index + _gap(rng), []).append(f'As was said: "{sentence}"')
-    return " ".join(told)
+            due.setdefault(_later(rng, place, last), []).append(f'As was said: "{sentence}"')
+    return " ".join(told + list(itertools.chain.from_iterable(due.values())))
 
 
 def _sentences(text: str) -> list[str]:
     """Its sentences of ordinary length."""
     parts = re.split(r"(?<=[.!?])\s+", " ".join(text.split()))
     return [part for part in parts if 10 <= len(part) <= 300]
+
+
+def _up_to(sentences: Iterable[str], characters: int) -> list[str]:
+    """The first of them, as many as it takes to have so many characters."""
+    taken, left = [], characters
+    for sentence in sentences:
+        if left <= 0:
+            break
+        taken.append(sentence)
+        left -= len(sentence)
+    return taken
 
 
 def _plain(rng: random.Random) -> list[str]:
@@ -113,13 +133,20 @@ def _plain(rng: random.Random) -> list[str]:
     return [*said, *filter(None, [rng.choice(_CHOICES["phrase"])])]
 
 
-def _gap(rng: random.Random) -> int:
-    """Sentences until something is said again: as often 1 to 6 as 6 to 40."""
-    return max(1, round(_FARTHEST ** rng.random()))
+def _log_uniform(rng: random.Random, low: int, high: int) -> int:
+    """As often from low to x as from x to high, when x is the geometric mean of both."""
+    return round(low * (high / low) ** rng.random())
+
+
+def _later(rng: random.Random, place: int, last: int) -> int:
+    """Where something is said again: half of the time anywhere after, half of it rather near."""
+    most = max(last - place, 1)
+    gap = rng.randint(1, most) if rng.random() < 0.5 else _log_uniform(rng, 1, most)
+    return min(place + gap, last + 1)
 
 
 def _fact(rng: random.Random) -> tuple[str, ...]:
-    values = {name: rng.choice(words) for name, words in _CHOICES.items()} | {
+    names = {name: rng.choice(words) for name, words in _CHOICES.items()} | {
         "name": f"{_word(rng, 2).title()} {_word(rng, 3).title()}",
         "word": _word(rng, 3),
         "number": str(rng.randrange(10 ** rng.randint(2, 7))),
@@ -129,7 +156,13 @@ def _fact(rng: random.Random) -> tuple[str, ...]:
         "room": str(rng.randrange(1, 500)),
         "time": f"{rng.randrange(24)}:{rng.randrange(60):02d}",
     }
-    return tuple(part.format(**values) for part in rng.choice(_TEMPLATES))
+    if rng.random() < _OWN_WORDS:
+        return tuple(part.format(**names) for part in rng.choice(_OTHERS))
+    subject = rng.choice(_SUBJECTS).format(**names)
+    names["thing"] = rng.choice(_CHOICES["thing"])  # else the boat would be in the boat
+    value = rng.choice(_VALUES).format(**names)
+    said, reverse, asked = (part.format(subject=subject, value=value) for part in _IS)
+    return said, reverse[0].upper() + reverse[1:], asked
 
 
 def _word(rng: random.Random, syllables: int) -> str:
