@@ -108,5 +108,7 @@ def _merged_bias(call: ParallelCall, start: int, stop: int) -> Tensor:
     alpha = call.alpha[..., : columns + 1]
     alpha = alpha if alpha.dtype == torch.float64 else alpha.float()
     bias = log_survival(alpha)[:, :, None, None, :columns] * (age != 0)
+    if call.merged_bias is not None:
+        bias = bias + call.merged_bias[:, :, None, None, :columns]
     valid = call.valid[:, None, None, None, :columns]
     return bias.masked_fill(~((age >= 0) & valid), HIDDEN)

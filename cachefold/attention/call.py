@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cachefold.core.merging import size_bias
 from cachefold.core.rotary import rotate
 from cachefold.core.tokens import Tokens
 
@@ -24,7 +25,8 @@ class ParallelCall:
     """A whole text, decisions soft or hard: for training and scoring, differentiable.
 
     Query i sees the running entries of the tokens j <= i-w: with bias log(1 - alpha[j+1]) for
-    j < i-w (superseded if j+1 merged into it), with none for j = i-w, the entry still open.
+    j < i-w (superseded if j+1 merged into it), with none for j = i-w, the entry still open; and
+    with `merged_bias` on both.
     """
 
     query: Tensor
@@ -37,6 +39,8 @@ class ParallelCall:
     """(B, K, T, D) running mean keys, each rotated at its newest token."""
     merged_value: Tensor
     """(B, K, T, Dv)"""
+    merged_bias: Tensor | None = None
+    """(B, K, T) on the scores of the running entries, after the softcap; None = 0."""
     alpha: Tensor
     """(B, K, T) in [0, 1]"""
     valid: Tensor
@@ -59,7 +63,8 @@ class PagedCall:
     query: Tensor
     """(B, H, Q, D), rotated."""
     pages: Tensor
-    """(P, page_size * (D + Dv)), see `core.pages`: all entries closed up to the last query."""
+    """(P, page_size * (D + Dv)), see `core.pages`: all entries closed up to the last query. With
+    `open_bias` keys have one channel more, D + 1: the bias on the score of the entry."""
     page_size: int
     """Entries per page, 16 or 32."""
     table: Tensor
@@ -71,6 +76,8 @@ class PagedCall:
     """(B, K, Q, D) mean key of the entry open at i-w, rotated at its newest token."""
     open_value: Tensor
     """(B, K, Q, Dv)"""
+    open_bias: Tensor | None = None
+    """(B, K, Q) float32 on the scores of the open entries, after the softcap like all biases."""
     open_valid: Tensor
     """(B, Q) bool, False where no entry is open."""
     exact_key: Tensor
@@ -106,7 +113,7 @@ class StepCall:
     """N = 1, the open entry: mean key and value in float32 (float64), omega = the summed weight,
     cos and sin of its newest token, valid = there is one; in place."""
     pages: Tensor
-    """(P, page_size * (D + Dv)); in place."""
+    """(P, page_size * (D + Dv)), with `size_weight` D + 1 for D as in `PagedCall`; in place."""
     page_size: int
     table: Tensor
     """(B, K, C) int32; every head that closes an entry in this step has a page for it."""
@@ -116,6 +123,9 @@ class StepCall:
     softcap: float | None = None
     factors: Tensor | None = None
     """(D,) factors on rotated queries and on keys after each rotation; None = 1."""
+    size_weight: Tensor | None = None
+    """(K,) float32: closed and open entries have `merging.size_bias` with it, and `new`, `ring` and
+    `tail` sizes; None = no bias."""
 
 
 def folded(call: StepCall) -> PagedCall:
@@ -129,12 +139,32 @@ def folded(call: StepCall) -> PagedCall:
         pages=call.pages, page_size=call.page_size, table=call.table,
         visible=call.lengths[..., None],
         open_key=rotate(tail.key.to(dtype), tail.cos, tail.sin) * factors,
-        open_value=tail.value, open_valid=tail.valid,
+        open_value=tail.value, open_bias=open_bias(call), open_valid=tail.valid,
         # The ring is no longer in order, but all of it is seen.
         exact_key=rotate(exact.key, exact.cos, exact.sin) * factors,
         exact_value=exact.value, exact_valid=exact.valid,
         delay=delay, scaling=call.scaling, softcap=call.softcap,
     )  # fmt: skip
+
+
+def open_bias(call: StepCall) -> Tensor | None:
+    """(B, K, 1) bias on the open entries of a step; None = 0."""
+    if call.size_weight is None:
+        return None
+    assert call.tail.size is not None
+    return size_bias(call.tail.size, call.size_weight)
+
+
+def entries_have_bias(call: ParallelCall | PagedCall | StepCall) -> bool:
+    """Whether entries score higher or lower by a number of their own."""
+    if isinstance(call, ParallelCall):
+        return call.merged_bias is not None
+    return (call.open_bias if isinstance(call, PagedCall) else call.size_weight) is not None
+
+
+def entry_key_dim(call: PagedCall | StepCall) -> int:
+    """Channels of a key in the pages: D, and one more where entries have a bias."""
+    return call.query.shape[-1] + entries_have_bias(call)
 
 
 def capped(scores: Tensor, softcap: float | None) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cachefold.attention import blocked
-from cachefold.attention.call import PagedCall, ParallelCall, StepCall
+from cachefold.attention.call import PagedCall, ParallelCall, StepCall, entry_key_dim
 
 MAX_GROUPS = 16
 
@@ -75,7 +75,7 @@ def _model_tensors(call: PagedCall | StepCall) -> list[Tensor]:
 def _supports_shape(call: PagedCall | StepCall) -> tuple[bool, str]:
     key = call.exact_key if isinstance(call, PagedCall) else call.new.key
     key_dim = call.query.shape[-1]
-    value_dim = call.pages.shape[1] // call.page_size - key_dim
+    value_dim = call.pages.shape[1] // call.page_size - entry_key_dim(call)
     groups = call.query.shape[1] // key.shape[1]
     if key_dim % 16 or value_dim % 16:
         return False, f"head dims must be multiples of 16, not {key_dim} and {value_dim}"

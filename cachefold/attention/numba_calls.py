@@ -10,11 +10,12 @@ import functools
 import torch
 from torch import Tensor
 
-from cachefold.attention.call import PagedCall, StepCall
+from cachefold.attention.call import PagedCall, StepCall, entries_have_bias, entry_key_dim
 from cachefold.attention.numba_decode import Decode, make_decode
 from cachefold.attention.numba_fold import Fold, make_fold
 from cachefold.attention.numba_kernels import Shape, float_bits, launch, packed, work_nbytes
 from cachefold.attention.numba_prefill import Prefill, make_prefill, positions_per_pass
+from cachefold.core.tokens import NAMES
 
 SERIAL_STRIPS = 256
 """Below so many strips of work a second thread costs more to wake than it saves."""
@@ -32,7 +33,7 @@ def decode(call: PagedCall) -> Tensor:
         "exact_value": call.exact_value[:, :, near], "exact_valid": call.exact_valid[:, near],
         "visible": call.visible, "pages": call.pages, "table": call.table,
     }  # fmt: skip
-    held = {name: tensor.contiguous() for name, tensor in held.items()}
+    held = {name: tensor.contiguous() for name, tensor in held.items()} | _bias(call)
     fields = {name: tensor.data_ptr() for name, tensor in held.items()}
     return _attend_one(call, 0, num_exact=held["exact_valid"].shape[1], **fields)
 
@@ -47,7 +48,7 @@ def prefill(call: PagedCall) -> Tensor:
         "query", "open_key", "open_value", "open_valid", "exact_key", "exact_value",
         "exact_valid", "visible", "pages", "table",
     )  # fmt: skip
-    held = {name: getattr(call, name).contiguous() for name in names}
+    held = {name: getattr(call, name).contiguous() for name in names} | _bias(call)
     scratch = torch.empty(threads * nbytes, dtype=torch.uint8)
     out = call.query.new_empty(batch, heads, queries, shape.value_dim)
     fields = Prefill(
@@ -64,11 +65,14 @@ def prefill(call: PagedCall) -> Tensor:
 def step(call: StepCall) -> Tensor:
     """Folds in place, then attends from the new token; (B, H, 1, Dv)."""
     batch, kv_heads, delay, key_dim = call.ring.key.shape
+    shape = _shape(call)
     fresh = [tensor.contiguous() for tensor in call.new.tensors()]
     # Only addresses go on: these names keep alive what they are the addresses of.
     query = call.query.contiguous()
     factors = _ones(key_dim) if call.factors is None else call.factors.float().contiguous()
     new, ring, tail = _places(fresh), _places(call.ring.tensors()), _places(call.tail.tensors())
+    bias = torch.empty(batch, kv_heads if shape.biased else 0)
+    weight = call.size_weight.contiguous() if call.size_weight is not None else bias
     cos, rotary = fresh[2], fresh[2].shape[-1]
     stride = rotary * cos.element_size() if cos.shape[0] > 1 else 0
     shared = {
@@ -78,18 +82,19 @@ def step(call: StepCall) -> Tensor:
     lengths, turn = call.lengths.data_ptr(), call.turn.data_ptr()
     # A head takes about 0.1 us: fewer than this many don't pay for waking a thread.
     threads = min(batch, torch.get_num_threads()) if batch * kv_heads >= SERIAL_HEADS else 1
-    shape = _shape(call)
     scratch = torch.empty(batch, key_dim + shape.value_dim)
     fold = Fold(
         *new, *ring, *tail, **shared, turn=turn, lengths=lengths, scratch=scratch.data_ptr(),
+        size_weight=weight.data_ptr(), open_bias=bias.data_ptr(),
         requests=batch, columns=call.table.shape[2], new_stride=stride, threads=threads,
     )  # fmt: skip
     launch(make_fold(shape, rotary, kv_heads, delay), packed(fold), threads)
-    open_key, open_value, open_cos, open_sin, _, _, open_valid = tail
-    exact_key, exact_value, exact_cos, exact_sin, _, _, exact_valid = ring if delay else new
+    open_key, open_value, open_cos, open_sin, _, _, open_valid, _ = tail
+    exact_key, exact_value, exact_cos, exact_sin, _, _, exact_valid, _ = ring if delay else new
     return _attend_one(
         call, rotary, query=query.data_ptr(), open_key=open_key, open_value=open_value,
-        open_valid=open_valid, exact_key=exact_key, exact_value=exact_value,
+        open_valid=open_valid, open_bias=bias.data_ptr(),
+        exact_key=exact_key, exact_value=exact_value,
         exact_valid=exact_valid, visible=lengths, **shared, query_cos=new[2], query_sin=new[3],
         open_cos=open_cos, open_sin=open_sin, exact_cos=exact_cos, exact_sin=exact_sin,
         # The fold leaves `turn` to the join of decoding.
@@ -120,13 +125,22 @@ def _attend_one(call: PagedCall | StepCall, rotary: int, **given: int) -> Tensor
 
 def _shape(call: PagedCall | StepCall) -> Shape:
     key_dim, size = call.query.shape[-1], call.page_size
-    value_dim, half = call.pages.shape[1] // size - key_dim, call.pages.dtype == torch.bfloat16
+    value_dim = call.pages.shape[1] // size - entry_key_dim(call)
+    half, biased = call.pages.dtype == torch.bfloat16, entries_have_bias(call)
     groups = call.query.shape[1] // call.table.shape[1]
-    return Shape(groups, key_dim, value_dim, size, half, call.softcap or 0.0)
+    return Shape(groups, key_dim, value_dim, size, half, call.softcap or 0.0, biased)
+
+
+def _bias(call: PagedCall) -> dict[str, Tensor]:
+    """The bias on open entries as the kernels take it; of nothing where there is none."""
+    bias = call.open_bias
+    return {"open_bias": torch.empty(0) if bias is None else bias.float().contiguous()}
 
 
 def _places(tensors: list[Tensor]) -> list[int]:
-    return [tensor.data_ptr() for tensor in tensors]
+    """Addresses of the tensors of `Tokens`, 0 for sizes that are not there."""
+    places = [tensor.data_ptr() for tensor in tensors]
+    return places if len(places) == len(NAMES) else [*places, 0]
 
 
 def _threads(heads: int, strips: int) -> int:

@@ -47,6 +47,8 @@ class Decode(NamedTuple):
     """(B, K, Dv), in a step float32"""
     open_valid: int
     """(B,) bool"""
+    open_bias: int
+    """(B, K) float32, 0 = none"""
     exact_key: int
     """(B, K, N, D)"""
     exact_value: int
@@ -104,7 +106,7 @@ def make_decode(shape: Shape, rotary: int) -> tuple[Any, Any]:
     groups, key_dim, value_dim = shape.groups, shape.key_dim, shape.value_dim
     size, at = 2 if shape.half else 4, make_work(shape, groups)
     part_bytes, rotary_bytes = (value_dim + 2) * 4, rotary * size
-    factor = np.float32(1.0 if shape.softcap else LOG2_E)
+    factor, biased = np.float32(1.0 if shape.softcap else LOG2_E), shape.biased
     begin, see_entries, see_tokens, inverse = make_passes(shape, groups)
     plain, copies = make_copies(False), make_copies(shape.half)
     copy, widen, narrow = plain.widen, copies.widen, copies.narrow
@@ -153,7 +155,8 @@ def make_decode(shape: Shape, rotary: int) -> tuple[Any, Any]:
                 widen(source, key_dim, key)
             value = item(d, AT.open_value, head * value_dim * open_size)
             read_open(value, value_dim, work + at.values)
-        begin(work, 0, key, work + at.values)
+        bias = item(d, AT.open_bias, head * 4) if biased else 0
+        begin(work, 0, key, work + at.values, bias)
 
     @compiled
     def read_keys(d: int, work: int, head: int, request: int, first: int, count: int) -> None:
@@ -189,7 +192,7 @@ def make_decode(shape: Shape, rotary: int) -> tuple[Any, Any]:
             see_open(d, work, head, request)
             see_exact(d, work, head, request)
         else:
-            begin(work, 0, 0, work)
+            begin(work, 0, 0, work, 0)
         table = item(d, AT.table, head * load_long(d + AT.columns) * 4)
         first, last = max(low - OWN, 0), max(high - OWN, 0)
         see_entries(work, load_long(d + AT.pages), table, first, last)

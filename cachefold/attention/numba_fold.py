@@ -11,6 +11,8 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from cachefold.attention.numba_kernels import (
     Shape,
     compiled,
@@ -38,6 +40,7 @@ class Fold(NamedTuple):
     new_alpha: int
     new_omega: int
     new_valid: int
+    new_size: int
     ring_key: int
     ring_value: int
     ring_cos: int
@@ -45,6 +48,7 @@ class Fold(NamedTuple):
     ring_alpha: int
     ring_omega: int
     ring_valid: int
+    ring_size: int
     tail_key: int
     tail_value: int
     tail_cos: int
@@ -52,8 +56,13 @@ class Fold(NamedTuple):
     tail_alpha: int
     tail_omega: int
     tail_valid: int
+    tail_size: int
     factors: int
     """(D,) float32"""
+    size_weight: int
+    """(K,) float32, 0 = none; there are no sizes then."""
+    open_bias: int
+    """(B, K) float32, what the scores of the open entries rise by once all is folded; 0 = none."""
     turn: int
     """int64; the join after decoding moves it on."""
     pages: int
@@ -73,7 +82,7 @@ class Fold(NamedTuple):
 AT = offsets(Fold)
 NEW, RING, TAIL = AT.new_key, AT.ring_key, AT.tail_key
 """Where the fields of a run begin."""
-KEY, VALUE, COS, SIN, ALPHA, OMEGA, VALID = range(0, 56, 8)
+KEY, VALUE, COS, SIN, ALPHA, OMEGA, VALID, SIZE = range(0, 64, 8)
 
 
 @functools.cache
@@ -81,7 +90,8 @@ def make_fold(shape: Shape, rotary: int, kv_heads: int, delay: int) -> Any:
     """A procedure of (fields of Fold, thread) for R = `rotary`, a multiple of 32."""
     key_dim, value_dim = shape.key_dim, shape.value_dim
     size, page_size = 2 if shape.half else 4, shape.page_size
-    key_bytes = page_size * key_dim * size
+    biased, entry_dim = shape.biased, key_dim + shape.biased
+    key_bytes = page_size * entry_dim * size
     page_bytes = key_bytes + page_size * value_dim * size
     rotary_bytes, scratch_bytes = rotary * size, (key_dim + value_dim) * 4
     # Without a ring the token that leaves is the new one itself.
@@ -95,6 +105,12 @@ def make_fold(shape: Shape, rotary: int, kv_heads: int, delay: int) -> Any:
         return item(f, AT.scratch, request * scratch_bytes)
 
     @compiled
+    def bias_of(f: int, head: int) -> np.float32:
+        """What the score of the open entry rises by."""
+        weight = load_float(item(f, AT.size_weight, head % kv_heads * 4))
+        return weight * np.log(load_float(item(f, TAIL + SIZE, head * 4)))
+
+    @compiled
     def close(f: int, head: int, request: int) -> None:
         """Writes the open entry to the next free slot of its head."""
         length = load_long(item(f, AT.lengths, head * 8))
@@ -105,7 +121,9 @@ def make_fold(shape: Shape, rotary: int, kv_heads: int, delay: int) -> Any:
         sin = item(f, TAIL + SIN, request * rotary_bytes)
         mean, turned = item(f, TAIL + KEY, head * key_dim * 4), scratch_of(f, request)
         rotate_wide(mean, cos, sin, load_long(f + AT.factors), turned)
-        scatter(turned, key_dim, start + slot * size, page_size * size)
+        if biased:  # one channel more
+            store_float(turned + key_dim * 4, bias_of(f, head))
+        scatter(turned, entry_dim, start + slot * size, page_size * size)
         value = start + key_bytes + slot * value_dim * size
         narrow(item(f, TAIL + VALUE, head * value_dim * 4), value_dim, value)
         store_long(item(f, AT.lengths, head * 8), length + 1)
@@ -119,6 +137,11 @@ def make_fold(shape: Shape, rotary: int, kv_heads: int, delay: int) -> Any:
         mean_key = item(f, TAIL + KEY, head * key_dim * 4)
         mean_value = item(f, TAIL + VALUE, head * value_dim * 4)
         weight, omega = item(f, TAIL + OMEGA, head * 4), item(f, leaves + OMEGA, place * 4)
+        if biased:
+            merged, one = item(f, TAIL + SIZE, head * 4), item(f, leaves + SIZE, place * 4)
+            before = load_float(merged) if merges else np.float32(0.0)
+            store_float(merged, before + load_float(one))
+            store_float(item(f, AT.open_bias, head * 4), bias_of(f, head))
         if not merges:
             widen(key, key_dim, mean_key)
             widen(value, value_dim, mean_value)
@@ -147,6 +170,10 @@ def make_fold(shape: Shape, rotary: int, kv_heads: int, delay: int) -> Any:
         narrow(scratch, count, target)
 
     @compiled
+    def enter_number(f: int, field: int, head: int, place: int) -> None:
+        store_float(item(f, RING + field, place * 4), load_float(item(f, NEW + field, head * 4)))
+
+    @compiled
     def enter_head(f: int, head: int, request: int, slot: int) -> None:
         """Puts the new token of a head into the ring."""
         scratch, place = scratch_of(f, request), head * delay + slot
@@ -154,9 +181,10 @@ def make_fold(shape: Shape, rotary: int, kv_heads: int, delay: int) -> Any:
         copy(item(f, NEW + KEY, source), key_dim, item(f, RING + KEY, target), scratch)
         source, target = head * value_dim * size, place * value_dim * size
         copy(item(f, NEW + VALUE, source), value_dim, item(f, RING + VALUE, target), scratch)
-        for field in (ALPHA, OMEGA):
-            number = load_float(item(f, NEW + field, head * 4))
-            store_float(item(f, RING + field, place * 4), number)
+        enter_number(f, ALPHA, head, place)
+        enter_number(f, OMEGA, head, place)
+        if biased:
+            enter_number(f, SIZE, head, place)
 
     @compiled
     def move(f: int, source: int, start: int, target: int, to: int, request: int) -> None:

@@ -25,6 +25,7 @@ from cachefold.attention.vectors import (
     HIDDEN,
     LANES,
     call_at,
+    make_bias,
     make_dots,
     make_load,
     make_score,
@@ -129,6 +130,8 @@ class Shape(NamedTuple):
     """Entries, queries and tokens are bfloat16, else float32."""
     softcap: float
     """0 = none"""
+    biased: bool = False
+    """Entries have a bias: a channel of their keys in the pages behind the D."""
 
 
 class Work(NamedTuple):
@@ -166,7 +169,8 @@ class Passes(NamedTuple):
     """Numba functions over the rows of one kv head; `work` is the address of the scratch."""
 
     begin: Any
-    """begin(work, position, key, value): the open entry of a position, float32; key 0 = none."""
+    """begin(work, position, key, value, bias): the open entry of a position, float32; key 0 = none,
+    bias 0 = none."""
     see_entries: Any
     """see_entries(work, pages, table, begin, end): strips [begin, end) of the entries; the rows
     see as many entries as `Work.visible` says."""
@@ -183,7 +187,9 @@ def make_passes(shape: Shape, rows: int) -> Passes:
     at, groups, softcap = make_work(shape, rows), shape.groups, shape.softcap
     positions, stride, size = rows // shape.groups, BLOCK * LANES * 4, 2 if shape.half else 4
     key_dim, value_dim, per_page = shape.key_dim, shape.value_dim, shape.page_size // LANES
-    key_bytes = shape.page_size * key_dim * size
+    biased = shape.biased
+    bias_bytes = shape.page_size * key_dim * size
+    key_bytes = bias_bytes + shape.page_size * shape.biased * size
     page_bytes = key_bytes + shape.page_size * value_dim * size
     key_strip, value_strip = LANES * size, LANES * value_dim * size
     score = make_score(rows, key_dim, shape.page_size, shape.half)
@@ -191,6 +197,7 @@ def make_passes(shape: Shape, rows: int) -> Passes:
     weigh_tokens = make_weigh(rows, value_dim, False)
     soften, dots = make_soften(rows, value_dim), make_dots(rows, key_dim)
     dots_open = make_dots(groups, key_dim)
+    add_bias = make_bias(rows, shape.half, LOG2_E)
 
     @compiled
     def cap(place: int, count: int) -> None:
@@ -200,14 +207,15 @@ def make_passes(shape: Shape, rows: int) -> Passes:
             store_float(place + 4 * i, np.float32(capped))
 
     @procedure
-    def begin(work: int, position: int, key: int, value: int) -> None:
+    def begin(work: int, position: int, key: int, value: int, bias: int) -> None:
         first = position * groups
         dots_open(work + at.query + first * key_dim * 4, key or work, work + at.top + first * 4, 4)
         if softcap:
             cap(work + at.top + first * 4, groups)
+        extra = load_float(bias) * np.float32(LOG2_E) if bias else np.float32(0.0)
         for row in range(first, first + groups):
-            if not key:
-                store_float(work + at.top + row * 4, np.float32(HIDDEN))
+            top = load_float(work + at.top + row * 4) + extra if key else np.float32(HIDDEN)
+            store_float(work + at.top + row * 4, top)
             for lane in range(LANES):
                 weight = 1.0 if key and lane == 0 else 0.0
                 store_float(work + at.total + (row * LANES + lane) * 4, np.float32(weight))
@@ -249,6 +257,10 @@ def make_passes(shape: Shape, rows: int) -> Passes:
                 upcoming, _ = strip_at(pages, table, min(first + j + BLOCK, end - 1))
                 score(work + at.query, keys, scores + j * 64, stride, upcoming)
             finish_block(work, count)
+            if biased:
+                for j in range(count):
+                    keys, _ = strip_at(pages, table, first + j)
+                    add_bias(keys + bias_bytes, scores + j * 64, stride)
             if (first + count) * LANES > fewest:
                 hide_entries(work, first * LANES, count)
             soften(scores, stride, count, work + at.top, work + at.total, work + at.sums)

@@ -46,6 +46,8 @@ class Prefill(NamedTuple):
     """(B, K, Q, Dv)"""
     open_valid: int
     """(B, Q) bool"""
+    open_bias: int
+    """(B, K, Q) float32, 0 = none"""
     exact_key: int
     """(B, K, N, D)"""
     exact_value: int
@@ -89,6 +91,7 @@ def make_prefill(shape: Shape) -> Any:
     positions, size = positions_per_pass(shape), 2 if shape.half else 4
     rows = positions * groups
     at, factor = make_work(shape, rows), np.float32(1.0 if shape.softcap else LOG2_E)
+    biased = shape.biased
     begin, see_entries, see_tokens, inverse = make_passes(shape, rows)
     copies = make_copies(shape.half)
     widen, narrow = copies.widen, copies.narrow
@@ -126,7 +129,8 @@ def make_prefill(shape: Shape) -> Any:
                 widen(item(p, AT.open_key, here * key_dim * size), key_dim, key)
                 value = item(p, AT.open_value, here * value_dim * size)
                 widen(value, value_dim, work + at.values)
-            begin(work, position, key, work + at.values)
+            bias = item(p, AT.open_bias, here * 4) if key and biased else 0
+            begin(work, position, key, work + at.values, bias)
 
     @compiled
     def see_exact(p: int, work: int, head: int, first: int, count: int) -> None:

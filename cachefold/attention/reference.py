@@ -7,7 +7,6 @@ Written for being right at a glance: all columns side by side, one softmax. Lege
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -19,15 +18,14 @@ from cachefold.attention.call import (
     ParallelCall,
     StepCall,
     capped,
+    entry_key_dim,
     folded,
     log_survival,
+    open_bias,
 )
 from cachefold.core.pages import gather, key_view, slots, value_view
 from cachefold.core.rotary import rotate
 from cachefold.core.tokens import Tokens, token_dim
-
-# Not asked for in a step: torch.compile can't look into fields().
-NAMES = tuple(field.name for field in fields(Tokens))
 
 
 def parallel(call: ParallelCall) -> Tensor:
@@ -99,6 +97,8 @@ def _biases(call: ParallelCall) -> tuple[Tensor, Tensor]:
     still_open = column == row - delay
     survives = log_survival(alpha.to(dtype))[:, :, None, None, :]
     merged_bias = torch.where(still_open, zero, survives)
+    if call.merged_bias is not None:
+        merged_bias = merged_bias + call.merged_bias[:, :, None, None, :]
     return exact_bias, merged_bias.masked_fill(~((column <= row - delay) & valid), HIDDEN)
 
 
@@ -122,15 +122,19 @@ def attend(call: PagedCall) -> Tensor:
     """
     grouped = _grouped(call)
     size, dim = call.page_size, call.query.shape[-1]
-    closed_key, closed_value = gather(call.pages, size, dim, call.table)
+    closed_key, closed_value = gather(call.pages, size, entry_key_dim(call), call.table)
     # Pages hold garbage beyond the length, NaN included: 0 * NaN must not reach the sum.
     exists = slots(call.visible[..., -1], call.table.shape[2], size)[..., None]
     closed_key, closed_value = (t.masked_fill(~exists, 0.0) for t in (closed_key, closed_value))
     seen = slots(call.visible, call.table.shape[2], size)[:, :, None]  # (B, K, 1, Q, S)
-    closed = capped(_scores(grouped, closed_key), call.softcap).masked_fill(~seen, HIDDEN)
+    closed = capped(_scores(grouped, closed_key[..., :dim]), call.softcap)
     exact = capped(_scores(grouped, call.exact_key), call.softcap)
-    # The open entry is one column of its own per query: the diagonal of all columns.
     of_open = capped(_scores(grouped, call.open_key), call.softcap)
+    if call.open_bias is not None:
+        closed = closed + closed_key[:, :, None, None, :, dim]
+        of_open = of_open + call.open_bias[:, :, None, None, :]
+    closed = closed.masked_fill(~seen, HIDDEN)
+    # The open entry is one column of its own per query: the diagonal of all columns.
     own = torch.eye(call.query.shape[2], dtype=torch.bool, device=exact.device)
     is_open = own & call.open_valid[:, None, None, None]
     return _softmax(
@@ -175,6 +179,8 @@ def fold(call: StepCall, close: Callable[[StepCall, Tensor], None] | None = None
     merges = (leaving.alpha > 0.5) & leaving.valid[:, None] & exists  # (B, K, 1)
     (close or _close)(call, (exists & ~merges)[..., 0])
     weight = torch.where(merges, tail.omega, 0.0) + leaving.omega
+    if tail.size is not None and leaving.size is not None:
+        tail.size.copy_(torch.where(merges, tail.size, 0.0) + leaving.size)
     for mean, new in ((tail.key, leaving.key), (tail.value, leaving.value)):
         new = new.to(mean.dtype)
         share = (leaving.omega / weight).to(mean.dtype)[..., None]
@@ -191,12 +197,12 @@ def _turn_ring(call: StepCall) -> Tokens:
     width = ring.valid.shape[1]
     if not width:
         return new
-    leaving = {}
-    for name in NAMES:
-        held, dim = getattr(ring, name), token_dim(name)
+    leaving, fresh = {}, new.named()
+    for name, held in ring.named().items():
+        dim = token_dim(name)
         leaving[name] = held.index_select(dim, turn[None])
-        fresh = getattr(new, name).to(held.dtype).expand_as(leaving[name])
-        held.index_copy_(dim, turn[None], fresh)
+        token = fresh[name].to(held.dtype).expand_as(leaving[name])
+        held.index_copy_(dim, turn[None], token)
     turn.add_(1).remainder_(width)
     return Tokens(**leaving)
 
@@ -209,9 +215,11 @@ def _close(call: StepCall, closes: Tensor) -> None:
     key = rotate(key[:, None], tail.cos[batch], tail.sin[batch])[:, 0, 0]
     slot = call.lengths[batch, head]
     page, row = call.table[batch, head, slot // size].long(), slot % size
-    dim = key.shape[-1]
-    key = key if call.factors is None else key * call.factors
-    key_view(call.pages, size, dim)[page, :, row] = key.to(call.pages.dtype)
+    key = (key if call.factors is None else key * call.factors).to(call.pages.dtype)
+    bias, dim = open_bias(call), entry_key_dim(call)
+    if bias is not None:
+        key = torch.cat([key, bias[batch, head].to(key.dtype)], -1)
+    key_view(call.pages, size, dim)[page, :, row] = key
     value = tail.value[batch, head, 0].to(call.pages.dtype)
     value_view(call.pages, size, dim)[page, row] = value
     call.lengths.add_(closes)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cachefold.attention import reference
-from cachefold.attention.call import StepCall
+from cachefold.attention.call import StepCall, entry_key_dim, open_bias
 from cachefold.core.pages import key_view, value_view
 from cachefold.core.rotary import rotate
 
@@ -73,7 +73,7 @@ def _next_slots(call: StepCall) -> tuple[Tensor, Tensor]:
 
 def _offsets(call: StepCall) -> Tensor:
     """(page_size, D + Dv) int64, where in a page the numbers of an entry are."""
-    size, dim = call.page_size, call.tail.key.shape[-1]
+    size, dim = call.page_size, entry_key_dim(call)
     places = torch.arange(call.pages.shape[1], device=call.pages.device)[None]
     return torch.cat([key_view(places, size, dim)[0].T, value_view(places, size, dim)[0]], 1)
 
@@ -83,5 +83,6 @@ def _entries(call: StepCall) -> Tensor:
     tail = call.tail
     key = rotate(tail.key.to(call.new.key.dtype), tail.cos, tail.sin)
     key = key if call.factors is None else key * call.factors
-    entry = torch.cat([key.to(call.pages.dtype), tail.value.to(call.pages.dtype)], -1)
-    return entry.flatten(0, 2)
+    bias = open_bias(call)
+    parts = [key, tail.value] if bias is None else [key, bias[..., None], tail.value]
+    return torch.cat([part.to(call.pages.dtype) for part in parts], -1).flatten(0, 2)

@@ -21,7 +21,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cachefold.attention import blocked
-from cachefold.attention.call import HIDDEN, PagedCall, ParallelCall, StepCall, capped, folded
+from cachefold.attention.call import (
+    HIDDEN,
+    PagedCall,
+    ParallelCall,
+    StepCall,
+    capped,
+    entry_key_dim,
+    folded,
+)
 from cachefold.attention.torch_fold import fold
 from cachefold.core.pages import key_view, slots, value_view
 
@@ -189,14 +197,18 @@ def _one_head(call: PagedCall, b: int, k: int, groups: int) -> PagedCall:
         query=call.query[one, k * groups : (k + 1) * groups],
         table=call.table[one, head], visible=call.visible[one, head],
         open_key=call.open_key[one, head], open_value=call.open_value[one, head],
+        open_bias=None if call.open_bias is None else call.open_bias[one, head],
         open_valid=call.open_valid[one], exact_key=call.exact_key[one, head],
         exact_value=call.exact_value[one, head], exact_valid=call.exact_valid[one],
     )  # fmt: skip
 
 
 def _entries(call: PagedCall, columns: int) -> tuple[Tensor, Tensor]:
-    """Copies out the first pages of every head: keys (B, K, D, S) and values (B, K, S, Dv)."""
-    size, dim = call.page_size, call.query.shape[-1]
+    """Copies out the first pages of every head: keys (B, K, D, S) and values (B, K, S, Dv).
+
+    Keys have D + 1 channels where entries have a bias.
+    """
+    size, dim = call.page_size, entry_key_dim(call)
     table = call.table[..., :columns]
     shape, pages = table.shape, table.clamp(min=0).flatten()
     # Over flat rows, which index_select copies faster than pages of rows.
@@ -214,7 +226,7 @@ def _rows(
 
     Args:
         call: as `_prepared` makes it.
-        key: (B, K, D, S), closed entries.
+        key: (B, K, D, S) or with a bias (B, K, D + 1, S), closed entries.
         value: (B, K, S, Dv), finite where no query sees it.
         rows: [start, stop) of the queries, n blocks of W.
         common: entries that all of them see.
@@ -246,7 +258,11 @@ def _closed_scores(
     call: PagedCall, query: Tensor, key: Tensor, visible: Tensor, common: int
 ) -> Tensor:
     """(B, K, n, G, W, S)."""
-    scores = _capped((query.flatten(2, 4) @ key).unflatten(2, query.shape[2:5]), call.softcap)
+    dim = query.shape[-1]
+    scores = (query.flatten(2, 4) @ key[:, :, :dim]).unflatten(2, query.shape[2:5])
+    scores = _capped(scores, call.softcap)
+    if call.open_bias is not None:
+        scores = scores + key[:, :, None, None, None, dim]
     column = torch.arange(common, key.shape[3], device=key.device)
     hidden = column >= _by_width(visible[..., None], query.shape[4])
     _hide(scores[..., common:], hidden)
@@ -259,6 +275,9 @@ def _open_scores(call: PagedCall, query: Tensor, start: int, stop: int) -> Tenso
     wide = torch.promote_types(query.dtype, torch.float32)
     scores = (query.to(wide) * key.to(wide)).sum(-1, keepdim=True)
     scores = _capped(scores.to(query.dtype), call.softcap)
+    if call.open_bias is not None:
+        bias = _by_width(call.open_bias[:, :, start:stop, None], query.shape[4])
+        scores = scores + bias.to(scores.dtype)
     valid = _by_width(call.open_valid[:, None, start:stop, None], query.shape[4])
     return _hide(scores, ~valid)
 

@@ -11,7 +11,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from cachefold.attention.call import PagedCall, ParallelCall, StepCall
+from cachefold.attention.call import PagedCall, ParallelCall, StepCall, entry_key_dim
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_DIM = 256
@@ -81,7 +81,7 @@ def _refusal(call: PagedCall | StepCall) -> str:
     if call.page_size not in (16, 32):
         return f"pages must have 16 or 32 entries, not {call.page_size}"
     key_dim, kv_heads = call.query.shape[-1], call.table.shape[1]
-    value_dim = call.pages.shape[1] // call.page_size - key_dim
+    value_dim = call.pages.shape[1] // call.page_size - entry_key_dim(call)
     if max(key_dim, value_dim) > MAX_DIM:
         return f"head dims go up to {MAX_DIM}, not {key_dim} and {value_dim}"
     groups = call.query.shape[1] // kv_heads
@@ -105,8 +105,9 @@ def _refused_memory(call: PagedCall | StepCall) -> str:
 def _numbers(call: PagedCall | StepCall) -> list[Tensor]:
     if isinstance(call, PagedCall):
         keys_values = [call.exact_key, call.exact_value, call.open_key, call.open_value]
-        return [call.query, call.pages, *keys_values]
-    # The last field of `Tokens` is a mask.
-    tokens = [tensor for run in (call.new, call.ring, call.tail) for tensor in run.tensors()[:-1]]
-    factors = [] if call.factors is None else [call.factors]
+        bias = [] if call.open_bias is None else [call.open_bias]
+        return [call.query, call.pages, *keys_values, *bias]
+    runs = [run.named() for run in (call.new, call.ring, call.tail)]
+    tokens = [tensor for run in runs for name, tensor in run.items() if name != "valid"]
+    factors = [x for x in (call.factors, call.size_weight) if x is not None]
     return [call.query, call.pages, *tokens, *factors]

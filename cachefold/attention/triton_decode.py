@@ -45,6 +45,8 @@ FOUR_WARPS_BYTES = 256
 """A longer vector takes eight warps, or float32 spills registers."""
 EXACT_COLUMNS = 16
 """Exact tokens per tile: they are rotated in registers, which a wider tile overflows."""
+LOG2_E = tl.constexpr(math.log2(math.e))
+"""Factor on biases: the kernels take powers of 2."""
 CHUNK = tl.constexpr(16)
 """Sums that the merging kernel holds at once."""
 
@@ -111,12 +113,15 @@ def load_rotated(
 
 @triton.jit
 def start_open(
-    b_query: tl.tensor, b_key: tl.tensor, b_value: tl.tensor, m_open: tl.tensor, scale: float,
-    cap: float, CAPPED: tl.constexpr,
+    b_query: tl.tensor, b_key: tl.tensor, b_value: tl.tensor, p_bias: tl.tensor, o_bias: tl.tensor,
+    m_open: tl.tensor, scale: float, cap: float, CAPPED: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
     """Running softmax of the open entry of each row alone; keys [BM, BD], values [BM, BV]."""
     scores = tl.sum(b_query.to(tl.float32) * b_key.to(tl.float32), 1) * scale
-    peak = tl.where(m_open, capped(scores, cap, CAPPED), FLOOR)
+    scores = capped(scores, cap, CAPPED)
+    if p_bias is not None:
+        scores += tl.load(p_bias + o_bias, mask=m_open, other=0.0) * LOG2_E
+    peak = tl.where(m_open, scores, FLOOR)
     total = tl.where(m_open, 1.0, 0.0)
     return peak, total, b_value.to(tl.float32)
 
@@ -125,10 +130,14 @@ def start_open(
 def attend_pages(
     peak: tl.tensor, total: tl.tensor, part: tl.tensor, b_query: tl.tensor, b_visible: tl.tensor,
     start: int, stop: int, p_pages: tl.tensor, p_table: tl.tensor, page_stride: int, scale: float,
-    cap: float, CAPPED: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PS: tl.constexpr,
-    BD: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr,
+    cap: float, CAPPED: tl.constexpr, BIASED: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    PS: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
-    """Takes in the entries [start, stop) of one head; row r sees the first b_visible[r] of it."""
+    """Takes in the entries [start, stop) of one head; row r sees the first b_visible[r] of it.
+
+    If they have a bias, it is one more channel of the keys.
+    """
+    VALUES: tl.constexpr = PS * (D + BIASED)
     i_dim = tl.arange(0, BD)
     i_value = tl.arange(0, BV)
     for o_entry in tl.range(start, stop, BN):
@@ -144,8 +153,12 @@ def attend_pages(
         b_key = tl.load(p_key, mask=m_key, other=0.0).to(b_query.dtype)  # [BD, BN]
         scores = tl.dot(b_query, b_key, input_precision="ieee") * scale
         scores = capped(scores, cap, CAPPED)
+        if BIASED:
+            p_bias = p_pages + o_page + PS * D + i_slot
+            b_bias = tl.load(p_bias, mask=m_page, other=0.0).to(tl.float32)
+            scores += b_bias[None, :] * LOG2_E
         scores = tl.where(i_entry[None, :] < b_visible[:, None], scores, float("-inf"))
-        p_value = p_pages + o_page[:, None] + PS * D + i_slot[:, None] * DV + i_value[None, :]
+        p_value = p_pages + o_page[:, None] + VALUES + i_slot[:, None] * DV + i_value[None, :]
         m_value = (i_entry < stop)[:, None] & (i_value < DV)[None, :]
         b_value = tl.load(p_value, mask=m_value, other=0.0)  # [BN, BV]
         peak, total, part = accumulate(peak, total, part, scores, b_value)
@@ -182,11 +195,12 @@ def attend_exact(
 def decode_fwd_kernel(
     p_query: tl.tensor, p_query_angles: tl.tuple, query_angle_stride: int, p_pages: tl.tensor,
     page_stride: int, p_table: tl.tensor, num_columns: int, p_lengths: tl.tensor, p_open: tl.tuple,
-    p_open_angles: tl.tuple, p_exact: tl.tuple, p_exact_angles: tl.tuple, num_tokens: int,
-    p_factors: tl.tensor, p_peak: tl.tensor, p_total: tl.tensor, p_part: tl.tensor, scale: float,
-    cap: float, CAPPED: tl.constexpr, K: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-    DV: tl.constexpr, R: tl.constexpr, PS: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr,
-    BD: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr,
+    p_open_angles: tl.tuple, p_open_bias: tl.tensor, p_exact: tl.tuple, p_exact_angles: tl.tuple,
+    num_tokens: int, p_factors: tl.tensor, p_peak: tl.tensor, p_total: tl.tensor,
+    p_part: tl.tensor, scale: float, cap: float, CAPPED: tl.constexpr, K: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr, PS: tl.constexpr,
+    SPLIT: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr,
+    BE: tl.constexpr,
 ) -> None:  # fmt: skip
     """Grid (B * K, S): program s takes SPLIT entries, the last one the open entry and the ring."""
     i_bk = tl.program_id(0).to(tl.int64)
@@ -210,7 +224,9 @@ def decode_fwd_kernel(
             p_open[0], o_open * D, m_open, p_open_angles, o_angle, p_factors, D, R, BD
         )
         b_value = load_vectors(p_open[1], o_open * DV, m_open, DV, BV)
-        peak, total, part = start_open(b_query, b_key, b_value, m_open, scale, cap, CAPPED)
+        peak, total, part = start_open(
+            b_query, b_key, b_value, p_open_bias, o_open, m_open, scale, cap, CAPPED
+        )
         peak, total, part = attend_exact(
             peak, total, part, b_query, i_row * 0, i_row * 0 + num_tokens, 0, num_tokens, i_batch,
             i_bk, num_tokens, p_exact, p_exact_angles, p_factors, scale, cap, CAPPED, D, DV, R,
@@ -223,7 +239,8 @@ def decode_fwd_kernel(
         stop = tl.minimum((i_split + 1) * SPLIT, length)
         peak, total, part = attend_pages(
             peak, total, part, b_query, i_row * 0 + length, i_split * SPLIT, stop, p_pages,
-            p_table + i_bk * num_columns, page_stride, scale, cap, CAPPED, D, DV, PS, BD, BV, BN,
+            p_table + i_bk * num_columns, page_stride, scale, cap, CAPPED, p_open_bias is not None,
+            D, DV, PS, BD, BV, BN,
         )  # fmt: skip
     o_sum = o_row * num_splits + i_split
     tl.store(p_peak + o_sum, peak, mask=m_row)
@@ -281,6 +298,8 @@ class Columns:
     """(B, K) int64"""
     open: Vectors
     """(B, K, 1, D), (B, K, 1, Dv) and (B, 1): the entry that is open."""
+    open_bias: Tensor | None
+    """(B, K, 1) float32 on its score; then entries in pages have a bias too. None = 0."""
     exact: Vectors
     """(B, K, N, D), (B, K, N, Dv) and (B, N): the query sees all that are valid."""
     scaling: float
@@ -368,12 +387,13 @@ def attend(call: PagedCall) -> Tensor:
     key, value, valid = (tensor[:, :, hidden:].contiguous() for tensor in exact)
     opened = (call.open_key, call.open_value, call.open_valid)
     open_key, open_value, open_valid = (tensor.contiguous() for tensor in opened)
+    open_bias = None if call.open_bias is None else call.open_bias.contiguous()
     return decode(
         Columns(
             query=call.query.contiguous(), pages=call.pages, page_size=call.page_size,
             table=call.table.contiguous(), lengths=call.visible.contiguous(),
-            open=(open_key, open_value, open_valid), exact=(key, value, valid[:, 0]),
-            scaling=call.scaling, softcap=call.softcap,
+            open=(open_key, open_value, open_valid), open_bias=open_bias,
+            exact=(key, value, valid[:, 0]), scaling=call.scaling, softcap=call.softcap,
         )
     )  # fmt: skip
 
@@ -415,7 +435,7 @@ def _arguments(columns: Columns) -> dict[str, Any]:
         query_angle_stride=0 if angles is None else batch_stride(angles[0]),
         p_pages=columns.pages, page_stride=columns.pages.stride(0), p_table=columns.table,
         num_columns=columns.table.shape[2], p_lengths=columns.lengths, p_open=columns.open,
-        p_open_angles=columns.open_angles, p_exact=columns.exact,
+        p_open_angles=columns.open_angles, p_open_bias=columns.open_bias, p_exact=columns.exact,
         p_exact_angles=columns.exact_angles, num_tokens=num_tokens, p_factors=columns.factors,
         scale=scale, cap=cap, CAPPED=columns.softcap is not None, K=kv_heads, G=groups, D=dim,
         DV=value_dim, R=0 if angles is None else angles[0].shape[-1], PS=columns.page_size,

@@ -39,10 +39,11 @@ the compiler counts them for sm_80. Without tensor cores, float32 needs more reg
 @triton.jit(do_not_specialize=["num_queries", "num_columns", "num_tokens"])
 def prefill_fwd_kernel(
     p_query: tl.tensor, p_pages: tl.tensor, page_stride: int, p_table: tl.tensor, num_columns: int,
-    p_visible: tl.tensor, p_open: tl.tuple, p_exact: tl.tuple, p_out: tl.tensor, num_queries: int,
-    num_tokens: int, delay: int, scale: float, cap: float, CAPPED: tl.constexpr, K: tl.constexpr,
-    G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PS: tl.constexpr, BM: tl.constexpr,
-    BQ: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    p_visible: tl.tensor, p_open: tl.tuple, p_open_bias: tl.tensor, p_exact: tl.tuple,
+    p_out: tl.tensor, num_queries: int, num_tokens: int, delay: int, scale: float, cap: float,
+    CAPPED: tl.constexpr, K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    PS: tl.constexpr, BM: tl.constexpr, BQ: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    BN: tl.constexpr, STAGES: tl.constexpr,
 ) -> None:  # fmt: skip
     """Grid (B * K, tiles of queries)."""
     i_bk = tl.program_id(0).to(tl.int64)
@@ -60,14 +61,16 @@ def prefill_fwd_kernel(
     o_open = i_bk * num_queries + i_query
     b_key = load_vectors(p_open[0], o_open * D, m_open, D, BD)
     b_value = load_vectors(p_open[1], o_open * DV, m_open, DV, BV)
-    peak, total, part = start_open(b_query, b_key, b_value, m_open, scale, cap, CAPPED)
+    peak, total, part = start_open(
+        b_query, b_key, b_value, p_open_bias, o_open, m_open, scale, cap, CAPPED
+    )
 
     last = tl.minimum(o_query + BQ, num_queries) - 1
     b_visible = tl.load(p_visible + o_open, mask=m_row, other=0).to(tl.int32)
     stop = tl.load(p_visible + i_bk * num_queries + last).to(tl.int32)
     peak, total, part = attend_pages(
         peak, total, part, b_query, b_visible, 0, stop, p_pages, p_table + i_bk * num_columns,
-        page_stride, scale, cap, CAPPED, D, DV, PS, BD, BV, BN,
+        page_stride, scale, cap, CAPPED, p_open_bias is not None, D, DV, PS, BD, BV, BN,
     )  # fmt: skip
     older = num_tokens - num_queries
     i_own = older + i_query
@@ -134,6 +137,7 @@ def attend(call: PagedCall) -> Tensor:
         p_table=call.table.contiguous(), num_columns=call.table.shape[2],
         p_visible=call.visible.contiguous(),
         p_open=tuple(tensor.contiguous() for tensor in opened),
+        p_open_bias=None if call.open_bias is None else call.open_bias.contiguous(),
         p_exact=tuple(tensor.contiguous() for tensor in exact), p_out=out,
         num_queries=num_queries, num_tokens=num_tokens, delay=call.delay, scale=scale, cap=cap,
         CAPPED=call.softcap is not None, K=kv_heads, G=groups, D=dim, DV=value_dim,

@@ -8,6 +8,7 @@ BK, BD, BV and BR padded K, D, Dv and R; tokens are tuples in the order of the f
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -72,18 +73,36 @@ def store_token(
 
 
 @triton.jit
+def load_size(p_token: tl.tuple, o_token: tl.tuple, m_token: tl.tuple) -> tl.tensor:
+    """How many tokens one stands for in each head."""
+    return tl.load(p_token[7] + o_token[0], mask=m_token[0], other=1.0).to(tl.float32)
+
+
+@triton.jit
+def size_bias(size: tl.tensor, weight: tl.tensor) -> tl.tensor:
+    """`merging.size_bias` of one entry of every head."""
+    return weight * tl.log(tl.maximum(size, 1.0))
+
+
+@triton.jit
 def store_entry(
     p_pages: tl.tensor, page_stride: int, p_table: tl.tensor, b_slot: tl.tensor, b_key: tl.tensor,
-    b_value: tl.tensor, closes: tl.tensor, D: tl.constexpr, DV: tl.constexpr, PS: tl.constexpr,
-    BD: tl.constexpr, BV: tl.constexpr,
+    b_bias: tl.tensor, b_value: tl.tensor, closes: tl.tensor, D: tl.constexpr, DV: tl.constexpr,
+    PS: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Writes an entry of every head that closes one to slot `b_slot` of its table row."""
+    """Writes an entry of every head that closes one to slot `b_slot` of its table row.
+
+    A bias, if there is one, is one more channel of the keys.
+    """
+    BIASED: tl.constexpr = b_bias is not None
     i_dim, i_value = tl.arange(0, BD), tl.arange(0, BV)
     i_page = tl.load(p_table + b_slot // PS, mask=closes, other=0).to(tl.int64)
     o_page, i_entry = (i_page * page_stride)[:, None], (b_slot % PS)[:, None]
     o_key = o_page + i_dim[None, :] * PS + i_entry
     tl.store(p_pages + o_key, b_key, mask=closes[:, None] & (i_dim < D)[None, :])
-    o_value = o_page + PS * D + i_entry * DV + i_value[None, :]
+    if BIASED:
+        tl.store(p_pages + i_page * page_stride + PS * D + b_slot % PS, b_bias, mask=closes)
+    o_value = o_page + PS * (D + BIASED) + i_entry * DV + i_value[None, :]
     tl.store(p_pages + o_value, b_value, mask=closes[:, None] & (i_value < DV)[None, :])
 
 
@@ -91,13 +110,15 @@ def store_entry(
 def fold_fwd_kernel(
     p_new: tl.tuple, new_angle_stride: int, p_ring: tl.tuple, ring_angle_stride: int, width: int,
     p_turn: tl.tensor, p_tail: tl.tuple, p_pages: tl.tensor, page_stride: int, p_table: tl.tensor,
-    num_columns: int, p_lengths: tl.tensor, p_factors: tl.tensor, HAS_RING: tl.constexpr,
-    K: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr, PS: tl.constexpr,
-    BK: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr,
+    num_columns: int, p_lengths: tl.tensor, p_factors: tl.tensor, p_size_weight: tl.tensor,
+    p_open_bias: tl.tensor, HAS_RING: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
+    DV: tl.constexpr, R: tl.constexpr, PS: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+    BV: tl.constexpr, BR: tl.constexpr,
 ) -> None:  # fmt: skip
     """Grid (B,): all heads of a request in one program, because they share cos, sin and valid.
 
-    Without a ring, `p_ring` is the new token, which leaves at once.
+    Without a ring, `p_ring` is the new token, which leaves at once. With `p_size_weight`, (B, K)
+    numbers go to `p_open_bias`: what the scores of the open entries then rise by.
     """
     i_batch = tl.program_id(0).to(tl.int64)
     m_head = tl.arange(0, BK) < K
@@ -126,21 +147,35 @@ def fold_fwd_kernel(
     share = tl.where(merges, leaving[5] / weight, 1.0)[:, None]
     mean_key = tl.where(merges[:, None], tail[0] + (leaving[0] - tail[0]) * share, leaving[0])
     mean_value = tl.where(merges[:, None], tail[1] + (leaving[1] - tail[1]) * share, leaving[1])
+    b_bias = None
+    if p_size_weight is not None:
+        b_weight = tl.load(p_size_weight + tl.arange(0, BK), mask=m_head, other=0.0)
+        size_new, size = load_size(p_new, o_new, m_token), load_size(p_tail, o_tail, m_token)
+        b_bias = size_bias(size, b_weight)
+        size = tl.where(merges, size, 0.0) + load_size(p_ring, o_leaving, m_token)
     # Threads read what others write: all reads come first.
     tl.debug_barrier()
     store_entry(
-        p_pages, page_stride, p_table + o_head * num_columns, slot, b_key, tail[1], closes,
-        D, DV, PS, BD, BV,
+        p_pages, page_stride, p_table + o_head * num_columns, slot, b_key, b_bias, tail[1],
+        closes, D, DV, PS, BD, BV,
     )  # fmt: skip
     tl.store(p_lengths + o_head, slot + 1, mask=closes)
     mean = (mean_key, mean_value, leaving[2], leaving[3], leaving[4], weight, leaving[6])
     store_token(p_tail, o_tail, m_token, mean, False)
     if HAS_RING:
         store_token(p_ring, o_leaving, m_token, new, True)
+    if p_size_weight is not None:
+        tl.store(p_tail[7] + o_head, size, mask=m_head)
+        tl.store(p_open_bias + o_head, size_bias(size, b_weight), mask=m_head)
+        if HAS_RING:
+            tl.store(p_ring[7] + o_leaving[0], size_new, mask=m_head)
 
 
-def fold(call: StepCall) -> None:
+def fold(call: StepCall) -> Tensor | None:
     """`reference.fold` in one launch, but for `call.turn`: `decode` moves it on when all is read.
+
+    Returns:
+        `call.open_bias` after the fold, (B, K, 1) float32.
 
     The tail is not valid, so that the new token opens an entry (no ring, W = 0):
 
@@ -162,6 +197,10 @@ def fold(call: StepCall) -> None:
     value_dim, rotary_dim = call.ring.value.shape[3], call.ring.cos.shape[2]
     new = _contiguous(call.new)
     ring = call.ring if width else new
+    weight, open_bias = call.size_weight, None
+    if weight is not None:
+        weight = weight.contiguous()
+        open_bias = weight.new_empty(batch, kv_heads, 1, dtype=torch.float32)
     heads, widest = triton.next_power_of_2(kv_heads), max(padded(dim), padded(value_dim))
     fold_fwd_kernel[(batch,)](
         p_new=tuple(new.tensors()), new_angle_stride=batch_stride(new.cos),
@@ -169,10 +208,12 @@ def fold(call: StepCall) -> None:
         width=max(width, 1), p_turn=call.turn, p_tail=tuple(call.tail.tensors()),
         p_pages=call.pages, page_stride=call.pages.stride(0), p_table=call.table,
         num_columns=call.table.shape[2], p_lengths=call.lengths, p_factors=call.factors,
-        HAS_RING=width > 0, K=kv_heads, D=dim, DV=value_dim, R=rotary_dim, PS=call.page_size,
-        BK=heads, BD=padded(dim), BV=padded(value_dim), BR=padded(rotary_dim),
+        p_size_weight=weight, p_open_bias=open_bias, HAS_RING=width > 0, K=kv_heads, D=dim,
+        DV=value_dim, R=rotary_dim, PS=call.page_size, BK=heads, BD=padded(dim),
+        BV=padded(value_dim), BR=padded(rotary_dim),
         num_warps=max(1, min(16, heads * widest // (32 * NUMBERS))),
     )  # fmt: skip
+    return open_bias
 
 
 def step(call: StepCall) -> Tensor:
@@ -181,13 +222,14 @@ def step(call: StepCall) -> Tensor:
     Returns:
         (B, H, 1, Dv) in the dtype of the query, without gradient. `fold` has an example.
     """
-    fold(call)
+    open_bias = fold(call)
     new, ring, tail = call.new, call.ring, call.tail
     return decode(
         Columns(
             query=call.query.contiguous(), pages=call.pages, page_size=call.page_size,
             table=call.table, lengths=call.lengths, open=(tail.key, tail.value, tail.valid),
-            exact=(ring.key, ring.value, ring.valid), scaling=call.scaling, softcap=call.softcap,
+            open_bias=open_bias, exact=(ring.key, ring.value, ring.valid), scaling=call.scaling,
+            softcap=call.softcap,
             query_angles=(new.cos.contiguous(), new.sin.contiguous()),
             open_angles=(tail.cos, tail.sin), exact_angles=(ring.cos, ring.sin),
             factors=call.factors, turn=call.turn if ring.valid.shape[1] else None,

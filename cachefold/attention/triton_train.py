@@ -54,10 +54,11 @@ def _accumulate(
 @triton.jit
 def parallel_fwd_kernel(
     p_query: tl.tensor, p_exact_key: tl.tensor, p_exact_value: tl.tensor, p_merged_key: tl.tensor,
-    p_merged_value: tl.tensor, p_survival: tl.tensor, p_valid: tl.tensor, p_out: tl.tensor,
-    p_lse: tl.tensor, T: int, delay: int, scaling: float, HEADS: tl.constexpr, GROUP: tl.constexpr,
-    CAP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DOT: tl.constexpr,
+    p_merged_value: tl.tensor, p_survival: tl.tensor, p_merged_bias: tl.tensor, p_valid: tl.tensor,
+    p_out: tl.tensor, p_lse: tl.tensor, T: int, delay: int, scaling: float, HEADS: tl.constexpr,
+    GROUP: tl.constexpr, CAP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DOT: tl.constexpr,
 ) -> None:  # fmt: skip
     """One program per query head and ROWS queries, the longest rows first."""
     i_bh = tl.program_id(0).to(tl.int64)
@@ -65,6 +66,8 @@ def parallel_fwd_kernel(
     i_bk = i_bh // GROUP
     p_valid += i_bh // HEADS * T
     p_survival += i_bk * T
+    if p_merged_bias is not None:
+        p_merged_bias += i_bk * T
     o_row = i_row * ROWS + tl.arange(0, ROWS)
     b_query = load_rows(p_query + i_bh * T * DIM, o_row, T, DIM, BLOCK_D)
     b_max = tl.full([ROWS], HIDDEN_BIAS, tl.float32)
@@ -74,7 +77,9 @@ def parallel_fwd_kernel(
     stop = tl.minimum(first + ROWS, T)
     for start in range(0, stop - delay, COLUMNS):
         o_column = start + tl.arange(0, COLUMNS)
-        b_bias = tile_bias(o_row[:, None], o_column[None, :], p_survival, p_valid, T, delay, True)
+        b_bias = tile_bias(
+            o_row[:, None], o_column[None, :], p_survival, p_merged_bias, p_valid, T, delay, True
+        )
         b_max, b_sum, b_out = _accumulate(
             b_query, p_merged_key + i_bk * T * DIM, p_merged_value + i_bk * T * VALUE_DIM,
             b_bias, o_column, b_max, b_sum, b_out, T, scaling,
@@ -83,7 +88,9 @@ def parallel_fwd_kernel(
     stop = tl.where(delay > 0, stop, 0)  # without a delay no key is seen exactly
     for start in range(tl.maximum(first - delay + 1, 0), stop, COLUMNS):
         o_column = start + tl.arange(0, COLUMNS)
-        b_bias = tile_bias(o_row[:, None], o_column[None, :], p_survival, p_valid, T, delay, False)
+        b_bias = tile_bias(
+            o_row[:, None], o_column[None, :], p_survival, p_merged_bias, p_valid, T, delay, False
+        )
         b_max, b_sum, b_out = _accumulate(
             b_query, p_exact_key + i_bk * T * DIM, p_exact_value + i_bk * T * VALUE_DIM,
             b_bias, o_column, b_max, b_sum, b_out, T, scaling,
@@ -100,6 +107,7 @@ def forward(
     query: Tensor,
     columns: tuple[Tensor, Tensor, Tensor, Tensor],
     survival: Tensor,
+    merged_bias: Tensor | None,
     valid: Tensor,
     delay: int,
     scaling: float,
@@ -112,6 +120,7 @@ def forward(
         columns: exact keys (B, K, T, D) and values (B, K, T, V), merged keys and values, all in
             the dtype of the query.
         survival: (B, K, T) float32, `call.log_survival`.
+        merged_bias: (B, K, T) float32, `ParallelCall.merged_bias`; None = 0.
         valid: (B, T) int8.
         delay: w, tokens that stay exact.
         scaling: factor on the scores.
@@ -123,7 +132,7 @@ def forward(
 
     >>> one = torch.ones(1, 1, 1, 1)
     >>> valid = torch.ones(1, 1, dtype=torch.int8)
-    >>> out, lse = forward(one, (one, one, one, one), one[0], valid, 1, 2.0, None)
+    >>> out, lse = forward(one, (one, one, one, one), one[0], None, valid, 1, 2.0, None)
     >>> out.item(), lse.item()
     (1.0, 2.0)
     """
@@ -134,7 +143,7 @@ def forward(
     lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=query.device)
     with torch.cuda.device_of(query):
         parallel_fwd_kernel[batch * heads, triton.cdiv(tokens, blocks.rows)](
-            query, *columns, survival, valid, out, lse, tokens, delay, scaling,
+            query, *columns, survival, merged_bias, valid, out, lse, tokens, delay, scaling,
             HEADS=heads, GROUP=heads // kv_heads, CAP=softcap, DIM=dim, VALUE_DIM=value_dim,
             BLOCK_D=padded(dim), BLOCK_V=padded(value_dim), ROWS=blocks.rows,
             COLUMNS=blocks.columns, DOT=dot_dtype(query.dtype), num_warps=blocks.warps,
@@ -144,24 +153,25 @@ def forward(
 
 
 class _Parallel(torch.autograd.Function):
-    """Gradients for the query, the four column tensors and the bias `survival`."""
+    """Gradients for the query, the four column tensors and the biases of the entries."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        *tensors, valid, delay, scaling, softcap = args
+        *tensors, bias, valid, delay, scaling, softcap = args
         query, *columns, survival = (tensor.contiguous() for tensor in tensors)
+        bias = None if bias is None else bias.contiguous()
         valid = valid.to(torch.int8).contiguous()
-        out, lse = forward(query, tuple(columns), survival, valid, delay, scaling, softcap)
-        ctx.save_for_backward(query, *columns, survival, valid, out, lse)
+        out, lse = forward(query, tuple(columns), survival, bias, valid, delay, scaling, softcap)
+        ctx.save_for_backward(query, *columns, survival, bias, valid, out, lse)
         ctx.options = delay, scaling, softcap
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, *columns, survival, valid, out, lse = ctx.saved_tensors
+        query, *columns, survival, bias, valid, out, lse = ctx.saved_tensors
         gradients = backward(
-            grad.contiguous(), query, tuple(columns), survival, valid, out, lse, *ctx.options
+            grad.contiguous(), query, tuple(columns), survival, bias, valid, out, lse, *ctx.options
         )
         return *gradients, None, None, None, None
 
@@ -191,7 +201,8 @@ def parallel(call: ParallelCall) -> Tensor:
             f"no Triton kernel for this call: {reason}. Use attention.blocked.parallel"
         )
     columns = (call.exact_key, call.exact_value, call.merged_key, call.merged_value)
+    bias = None if call.merged_bias is None else call.merged_bias.float()
     return _Parallel.apply(
         call.query, *(tensor.to(call.query.dtype) for tensor in columns),
-        log_survival(call.alpha.float()), call.valid, call.delay, call.scaling, call.softcap,
+        log_survival(call.alpha.float()), bias, call.valid, call.delay, call.scaling, call.softcap,
     )  # fmt: skip

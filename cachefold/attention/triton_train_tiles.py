@@ -154,12 +154,13 @@ def capped_scores(
 
 @triton.jit
 def tile_bias(
-    o_row: tl.tensor, o_column: tl.tensor, p_survival: tl.tensor, p_valid: tl.tensor, T: int,
-    delay: int, MERGED: tl.constexpr,
+    o_row: tl.tensor, o_column: tl.tensor, p_survival: tl.tensor, p_merged_bias: tl.tensor,
+    p_valid: tl.tensor, T: int, delay: int, MERGED: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """Bias on the exact or the merged columns of a tile, in the shape the offsets broadcast to.
 
-    An entry still open at i-w carries none; a superseded one log(1 - alpha of the next token).
+    A superseded entry carries log(1 - alpha of the next token), the one still open at i-w does not;
+    both carry `p_merged_bias`, if there is one.
     """
     b_valid = tl.load(p_valid + o_column, mask=o_column < T, other=0)
     b_age = o_row - o_column
@@ -167,6 +168,8 @@ def tile_bias(
     if MERGED:
         b_survival = tl.load(p_survival + o_column, mask=o_column < T, other=0.0)
         b_bias = tl.where(b_age == delay, 0.0, b_survival)
+        if p_merged_bias is not None:
+            b_bias += tl.load(p_merged_bias + o_column, mask=o_column < T, other=0.0)
         return tl.where(m_seen & (b_age >= delay), b_bias, HIDDEN_BIAS)
     return tl.where(m_seen & (b_age >= 0) & (b_age < delay), 0.0, HIDDEN_BIAS)
 

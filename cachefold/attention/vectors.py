@@ -166,6 +166,31 @@ def make_score(rows: int, dim: int, stride: int, half: bool) -> Any:
     return score
 
 
+def make_bias(rows: int, half: bool, factor: float) -> Any:
+    """Adds to the scores of 16 entries: bias(source, scores, stride).
+
+    Args:
+        rows: R.
+        half: the source is bfloat16, else float32.
+        factor: on what is added.
+
+    Returns:
+        A numba function of addresses: source (16,); scores (R, 16) with rows `stride` bytes apart.
+    """
+
+    def emit(b: Builder, source: Any, scores: Any, stride: Any) -> None:
+        extra = b.fmul(_load_wide(b, source, 0, half), _const(factor))
+        for row in range(rows):
+            place = b.add(scores, b.mul(stride, _long(row)))
+            _store(b, b.fadd(_load(b, place, _FLOATS), extra), place)
+
+    @intrinsic
+    def bias(context, source, scores, stride):  # type: ignore[no-untyped-def]
+        return _typed(emit, 3)
+
+    return bias
+
+
 def make_weigh(rows: int, dim: int, half: bool) -> Any:
     """Adds weighted values: weigh(weights, stride, values, count, sums, upcoming).
 

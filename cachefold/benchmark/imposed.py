@@ -42,6 +42,13 @@ class ImposedDecision(nn.Module):
         self.logits = torch.where(table, MERGE_LOGIT, -MERGE_LOGIT).to(device)
         self.taken = 0
 
+    @property
+    def size_weight(self) -> Tensor | None:
+        """(K,); see `policies.base.Decision`."""
+        inner: Any = self.inner
+        weight: Tensor | None = inner.size_weight
+        return weight
+
     def forward(
         self, query: Tensor, key: Tensor, hidden_states: Tensor, position: float = 0.0
     ) -> tuple[Tensor, Tensor]:

@@ -139,7 +139,7 @@ def _copied(call: StepCall, row: int) -> StepCall:
     """The state of one request in float32, apart from the original."""
 
     def one(tokens: Tokens) -> Tokens:
-        return Tokens(*(wide(getattr(tokens, f.name)[row, None]) for f in fields(Tokens)))
+        return tokens.map(lambda _, tensor: wide(tensor[row, None]))
 
     return replace(
         call, query=wide(call.query[row, None]), new=one(call.new), ring=one(call.ring),

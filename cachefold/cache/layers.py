@@ -8,7 +8,7 @@ it merges into the open entry (alpha 1) or closes that entry and opens the next 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -19,10 +19,16 @@ from cachefold.cache.compressed import tensor_nbytes
 from cachefold.cache.entries import PagedEntries
 from cachefold.cache.ring import STEPS_AHEAD, closings, to_step
 from cachefold.cache.state import FoldedState
-from cachefold.cache.stream import Stream, arrivals_that_close, clean, concatenate, shifted
+from cachefold.cache.stream import (
+    Finish,
+    Stream,
+    arrivals_that_close,
+    clean,
+    concatenate,
+    shifted,
+)
 from cachefold.core.decisions import constrain
-from cachefold.core.merging import running_means
-from cachefold.core.rotary import rotate
+from cachefold.core.merging import running_means, running_sizes
 from cachefold.core.tokens import Tokens, token_dim
 
 if TYPE_CHECKING:
@@ -60,7 +66,9 @@ class FoldedLayer(FoldedState):
         self.window = window
         self.limit = limit
 
-    def extend(self, new: Tokens, key_scale: Tensor | None = None) -> Stream:
+    def extend(
+        self, new: Tokens, key_scale: Tensor | None = None, size_weight: Tensor | None = None
+    ) -> Stream:
         """Adds tokens: returns what they may attend to, then folds what leaves the ring.
 
         Args:
@@ -69,6 +77,8 @@ class FoldedLayer(FoldedState):
                 entry.
             key_scale: (D,) factors on the keys of entries that close, after their rotation; the
                 caller does the same to the keys of the stream.
+            size_weight: (K,), entries that close get `merging.size_bias` with it; None, when `new`
+                has no sizes: no bias.
 
         Returns:
             What the new tokens may attend to.
@@ -77,13 +87,15 @@ class FoldedLayer(FoldedState):
             ValueError: other shapes or another dtype than in earlier calls, or over the byte limit
                 of the cache, which then is in all its layers as it was before this step.
         """
+        finish = Finish(key_scale, size_weight)
         if self.limit is None:
-            return self._extend(new, key_scale)
+            return self._extend(new, finish)
         with self.limit.step(self):
-            return self._extend(new, key_scale)
+            return self._extend(new, finish)
 
-    def _extend(self, new: Tokens, key_scale: Tensor | None) -> Stream:
+    def _extend(self, new: Tokens, finish: Finish) -> Stream:
         if not self.is_initialized:
+            self.has_sizes = new.size is not None
             self.lazy_initialization(new.key, new.value)
         self._check(new)
         assert self.valid_seen is not None and self.closed is not None
@@ -95,10 +107,11 @@ class FoldedLayer(FoldedState):
         key, value, weight = running_means(
             tokens.key, tokens.value, tokens.alpha, tokens.omega, self.window
         )
-        means = replace(tokens, key=key, value=value, omega=weight)
+        size = None if tokens.size is None else running_sizes(tokens.alpha, tokens.size)
+        means = replace(tokens, key=key, value=value, omega=weight, size=size)
         closes = arrivals_that_close(tokens, 0 if self.tail is None else self.tail.valid.shape[1])
         before = self.closed.lengths
-        read = self._commit(tokens, means, closes, key_scale)
+        read = self._commit(tokens, means, closes, finish)
         self.seen += new.valid.shape[1]
         self.valid_seen = self.valid_seen + new.valid.sum(1)
         counts = before[..., None] + closes.cumsum(-1)
@@ -210,13 +223,8 @@ class FoldedLayer(FoldedState):
         """What the new tokens see: by `counts` (B, K, N), entries closed when a token arrived."""
         num_tokens, num_new = tokens.valid.shape[1], new.valid.shape[1]
         first = num_tokens - num_new
-        opened = Tokens(
-            *(
-                shifted(
-                    getattr(means, field.name), token_dim(field.name), first - self.delay, num_new
-                )
-                for field in fields(Tokens)
-            )
+        opened = means.map(
+            lambda name, tensor: shifted(tensor, token_dim(name), first - self.delay, num_new)
         )
         exact = tokens.narrow(max(first - max(self.delay - 1, 0), 0), num_tokens)
         dtypes = new.key.dtype, new.value.dtype
@@ -229,7 +237,7 @@ class FoldedLayer(FoldedState):
         )
 
     def _commit(
-        self, tokens: Tokens, means: Tokens, closes: Tensor, key_scale: Tensor | None
+        self, tokens: Tokens, means: Tokens, closes: Tensor, finish: Finish
     ) -> tuple[Tensor, Tensor]:
         """Stores the entries that closed; carries the open entry and the ring on.
 
@@ -243,7 +251,7 @@ class FoldedLayer(FoldedState):
             ring = replace(ring, key=ring.key.to(self.dtype), value=ring.value.to(self.dtype))
         tail = self._open_entry(tokens, means, end)
         closed = closes[:, :, 1:end]
-        read = self._close(means, closed, key_scale, self._spare_nbytes(closed, ring, tail))
+        read = self._close(means, closed, finish, self._spare_nbytes(closed, ring, tail))
         self.ring, self.tail = ring, tail
         return read
 
@@ -269,21 +277,15 @@ class FoldedLayer(FoldedState):
         return self.limit.spare(self, needed + tensor_nbytes([*rest, self.valid_seen]))
 
     def _close(
-        self, means: Tokens, closed: Tensor, key_scale: Tensor | None, spare_nbytes: int | None
+        self, means: Tokens, closed: Tensor, finish: Finish, spare_nbytes: int | None
     ) -> tuple[Tensor, Tensor]:
         """Stores the entries that end at a token t with `closed` (B, K, m) True."""
         assert self.closed is not None
         batch, head, token = closed.nonzero(as_tuple=True)
         if not len(token):
             return self.closed.read()
-        # Rotation in the dtype of the cache, as the exact keys of the model are rotated.
-        keys = means.key[batch, head, token].detach().to(self.dtype)
-        keys = rotate(
-            keys[:, None, None], means.cos[batch, token, None], means.sin[batch, token, None]
-        )
-        keys = keys[:, 0, 0] if key_scale is None else keys[:, 0, 0] * key_scale
-        values = means.value[batch, head, token].detach()
-        mass = means.omega[batch, head, token].detach()
+        keys = finish.keys(means, closed, self.dtype)
+        values, mass = (x[batch, head, token].detach() for x in (means.value, means.omega))
         return self.closed.append(closed, keys, values, spare_nbytes, mass)
 
     def update(

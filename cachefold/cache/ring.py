@@ -5,8 +5,6 @@ Elsewhere a ring is in order, the oldest token first, and may hold fewer tokens 
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
-
 import torch
 from torch import Tensor
 
@@ -25,14 +23,14 @@ def blank(like: Tokens, count: int) -> Tokens:
     >>> blank(token, 2).valid.tolist(), blank(token, 2).omega.tolist()
     ([[False, False]], [[[1.0, 1.0]]])
     """
-    parts = {}
-    for field in fields(Tokens):
-        tensor = getattr(like, field.name)
+
+    def filled(name: str, tensor: Tensor) -> Tensor:
         shape = list(tensor.shape)
-        shape[token_dim(field.name)] = count
+        shape[token_dim(name)] = count
         # The mean of an entry is a sum over its weight: a weight of 0 would make it NaN.
-        parts[field.name] = tensor.new_full(shape, field.name == "omega")
-    return Tokens(**parts)
+        return tensor.new_full(shape, name in ("omega", "size"))
+
+    return like.map(filled)
 
 
 def to_step(ring: Tokens | None, tail: Tokens | None, delay: int) -> tuple[Tokens, Tokens]:
@@ -50,13 +48,11 @@ def to_step(ring: Tokens | None, tail: Tokens | None, delay: int) -> tuple[Token
     missing = blank(ring, delay - ring.valid.shape[1])
     whole = concatenate([missing, ring])
     opened = blank(ring, 1) if tail is None else tail.slice(0, 1)
+    summed = ("key", "value", "omega", "size")
     return (
-        replace(whole, alpha=whole.alpha.to(wide), omega=whole.omega.to(wide)),
-        replace(
-            opened, key=opened.key.to(wide), value=opened.value.to(wide),
-            omega=opened.omega.to(wide),
-        ),
-    )  # fmt: skip
+        whole.map(lambda name, x: x.to(wide) if name in ("alpha", "omega", "size") else x),
+        opened.map(lambda name, x: x.to(wide) if name in summed else x),
+    )
 
 
 def leaving_order(turn: Tensor, delay: int, count: int) -> Tensor:
@@ -76,12 +72,7 @@ def in_order(ring: Tokens, turn: Tensor) -> Tokens | None:
 
 def picked(ring: Tokens, order: Tensor) -> Tokens:
     """Copies the tokens at `order` (n,) int64."""
-    return Tokens(
-        *(
-            getattr(ring, field.name).index_select(token_dim(field.name), order)
-            for field in fields(Tokens)
-        )
-    )
+    return ring.map(lambda name, tensor: tensor.index_select(token_dim(name), order))
 
 
 def closings(ring: Tokens, tail: Tokens, turn: Tensor, count: int) -> Tensor:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -20,7 +19,17 @@ from cachefold.cache.packed import Shape
 from cachefold.cache.packed_entries import PackedEntries
 from cachefold.cache.pages import PagePool, check_page_size
 from cachefold.cache.ring import in_order
-from cachefold.core.tokens import Tokens
+from cachefold.core.accounting import cache_bytes
+from cachefold.core.tokens import NAMES, Tokens
+
+
+def has_sizes(tensors: dict[str, Tensor]) -> bool:
+    """Whether what `FoldedState.tensors` gave has entries weighed by their size.
+
+    >>> has_sizes({"tail.size": torch.ones(1, 1, 1)})
+    True
+    """
+    return any(name.endswith(".size") for name in tensors)
 
 
 class FoldedState(CompressedLayer):
@@ -49,14 +58,17 @@ class FoldedState(CompressedLayer):
         self.ring: Tokens | None = None  # the newest tokens, exact
         self.turn: Tensor | None = None  # () int64, oldest token of a circular ring; None: in order
         self.ahead = 0  # steps that have their pages
+        self.has_sizes = False  # closed entries have a bias: one more channel of their keys
         self.is_initialized = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Takes shapes, dtype and device from the first keys and values."""
         self.dtype, self.device = key_states.dtype, key_states.device
         batch, heads = key_states.shape[:2]
-        dims = key_states.shape[-1], value_states.shape[-1]
+        self.dims = key_states.shape[-1], value_states.shape[-1]
+        dims = self.dims[0] + self.has_sizes, self.dims[1]
         dtype = torch.promote_types(key_states.dtype, value_states.dtype)
+        self.itemsize = dtype.itemsize
         if self.codec is None:
             pool = PagePool(self.page_size, *dims, dtype, self.device)
             self.closed = PagedEntries(batch, heads, pool)
@@ -93,7 +105,9 @@ class FoldedState(CompressedLayer):
 
     def entry_nbytes(self) -> int:
         """Bytes of the key and value of one entry of one head, 0 before the first token."""
-        return 0 if self.closed is None else self.closed.entry_nbytes()
+        if self.closed is None:
+            return 0
+        return cache_bytes(1, *self.dims, self.itemsize)
 
     def kept_nbytes(self) -> int:
         """Bytes of closed entries, ring and the running sums of open entries."""
@@ -125,10 +139,16 @@ class FoldedState(CompressedLayer):
     def _check(self, new: Tokens) -> None:
         """Refuses tokens of another model or batch than those before."""
         assert self.closed is not None
-        held = (*self.closed.lengths.shape, self.closed.key_dim, self.dtype)
+        held = (*self.closed.lengths.shape, self.dims[0], self.dtype)
         got = (new.key.shape[0], new.key.shape[1], new.key.shape[3], new.key.dtype)
         if got != held:
             refuse_other(held, got)
+        if (new.size is not None) != self.has_sizes:
+            one, other = ("has", "hasn't") if self.has_sizes else ("hasn't", "has")
+            raise ValueError(
+                f"this cache {one} entries weighed by their size and the model {other}: they come "
+                "from policies that differ in `proportional`; make a new cache for this model"
+            )
 
     def _beside_nbytes(self) -> int:
         """Bytes of what is held beside the closed entries."""
@@ -160,8 +180,8 @@ class FoldedState(CompressedLayer):
         assert self.valid_seen is not None
         found = self.closed.tensors() | {"valid_seen": self.valid_seen}
         for run, tokens in (("tail", self.tail), ("ring", self.ordered_ring())):
-            for field in fields(Tokens) if tokens is not None else ():
-                found[f"{run}.{field.name}"] = getattr(tokens, field.name)
+            for name, tensor in ({} if tokens is None else tokens.named()).items():
+                found[f"{run}.{name}"] = tensor
         return found
 
     def ordered_ring(self) -> Tokens | None:
@@ -175,14 +195,17 @@ class FoldedState(CompressedLayer):
         self._clear()
         if not tensors:
             return
-        self.lazy_initialization(tensors["closed_key"], tensors["closed_value"])
+        self.has_sizes = has_sizes(tensors)
+        key = tensors["closed_key"]
+        key = key[..., : key.shape[-1] - self.has_sizes]
+        self.lazy_initialization(key, tensors["closed_value"])
         assert self.closed is not None
         self.closed.load(tensors)
         self.valid_seen = tensors["valid_seen"]
         for run in ("tail", "ring"):
             if f"{run}.key" in tensors:
-                parts = [tensors[f"{run}.{field.name}"] for field in fields(Tokens)]
-                setattr(self, run, Tokens(*parts))
+                parts = {name: tensors.get(f"{run}.{name}") for name in NAMES}
+                setattr(self, run, Tokens(**parts))  # type: ignore[arg-type]
         self.seen = seen
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
@@ -190,7 +213,7 @@ class FoldedState(CompressedLayer):
         for run in ("tail", "ring"):
             tokens = getattr(self, run)
             if tokens is not None:
-                setattr(self, run, Tokens(*map(function, tokens.tensors())))
+                setattr(self, run, tokens.map(lambda _, tensor: function(tensor)))
         if self.valid_seen is not None:
             self.valid_seen = function(self.valid_seen)
 

@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from cachefold.cache.codecs import PAGE, Codec, Vectors, get_codec
 from cachefold.cache.compressed import CompressedLayer
 from cachefold.cache.packed import packed_count
+from cachefold.cache.state import has_sizes
 
 if TYPE_CHECKING:
     from cachefold.cache.folded import FoldedCache
@@ -120,6 +121,8 @@ def _check_shapes(cache: FoldedCache, parts: dict[str, Tensor], path: str | Path
         if name not in parts:
             continue
         heads, dim = parts[name].shape[1], parts[name].shape[-1]
+        if name == "closed_key":
+            dim -= has_sizes(parts)  # the bias of an entry lies with its key
         pooled = None if name == "keys" else cache.kv_heads  # of a layer that stays dense
         wanted = (pooled or cache.num_kv_heads, cache.head_dim)
         if (heads, dim) != wanted:

@@ -5,11 +5,14 @@ Legend: B batch, K kv heads, N tokens, T new tokens, D key dim, Dv value dim, P 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from cachefold.core.merging import size_bias
+from cachefold.core.rotary import rotate
 from cachefold.core.tokens import Tokens, token_dim
 
 
@@ -47,12 +50,8 @@ def concatenate(parts: list[Tokens]) -> Tokens:
     """Joins runs; a type wider than the others (sums in float32) wins."""
     if len(parts) == 1:
         return parts[0]
-    return Tokens(
-        *(
-            torch.cat([getattr(part, field.name) for part in parts], token_dim(field.name))
-            for field in fields(Tokens)
-        )
-    )
+    named = [part.named() for part in parts]
+    return parts[0].map(lambda name, _: torch.cat([run[name] for run in named], token_dim(name)))
 
 
 def arrivals_that_close(tokens: Tokens, num_prefix: int) -> Tensor:
@@ -90,6 +89,34 @@ def shifted(tensor: Tensor, dim: int, start: int, count: int) -> Tensor:
     return torch.cat([tensor.new_zeros(shape), part], dim)
 
 
+class Finish(NamedTuple):
+    """What is done to keys as their entries close; for inference."""
+
+    key_scale: Tensor | None
+    """(D,) factors, after the rotation; None = 1."""
+    size_weight: Tensor | None
+    """(K,), adds `merging.size_bias` as one channel more; None = no such channel."""
+
+    def keys(self, means: Tokens, closed: Tensor, dtype: torch.dtype) -> Tensor:
+        """(n, D) or (n, D + 1) keys as they lie in pages, row by row.
+
+        Args:
+            means: running entries after each token.
+            closed: (B, K, m) bool, with n True: the last tokens of the entries that close.
+            dtype: of the cache, in which the exact keys of the model are rotated too.
+        """
+        batch, head, token = closed.nonzero(as_tuple=True)
+        keys = means.key[batch, head, token].detach().to(dtype)
+        cos, sin = (x[batch, token, None] for x in (means.cos, means.sin))
+        keys = rotate(keys[:, None, None], cos, sin)[:, 0, 0]
+        keys = keys if self.key_scale is None else keys * self.key_scale
+        if self.size_weight is None:
+            return keys
+        assert means.size is not None
+        bias = size_bias(means.size, self.size_weight.detach())[batch, head, token]
+        return torch.cat([keys, bias[:, None].to(dtype)], -1)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stream:
     """What T new tokens may attend to, once what left the ring is folded; before rotation.
@@ -106,6 +133,6 @@ class Stream:
     visible: Tensor
     """(B, K, T) int64, entries closed by p-w: the first ones of `pages`."""
     pages: Tensor
-    """(P, page_size * (D + Dv)), keys rotated."""
+    """(P, page_size * (D + Dv)), keys rotated; D counts the bias of an entry if it has one."""
     table: Tensor
     """(B, K, C) int32"""

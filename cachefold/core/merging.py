@@ -133,6 +133,44 @@ def running_means(
         return _running_means(key, value, alpha, omega, window)
 
 
+def running_sizes(alpha: Tensor, size: Tensor | None = None) -> Tensor:
+    """How many tokens the running entry holds after every token; differentiable.
+
+    n = alpha*n + 1: the recurrence of the mean with a weight of 1 for every token, so that a soft
+    alpha gives a soft number.
+
+    Args:
+        alpha: (B, K, T) in [0, 1]; that of the first token has no effect.
+        size: (B, K, T), what each token stands for; None = 1.
+
+    Returns:
+        (B, K, T) in float32 (in float64 when `alpha` is), at least 1 where every size is.
+
+    >>> running_sizes(torch.tensor([[[0.0, 1.0, 1.0, 0.0]]])).flatten().tolist()
+    [1.0, 2.0, 3.0, 1.0]
+    """
+    alpha = alpha if alpha.dtype == torch.float64 else alpha.float()
+    size = torch.ones_like(alpha) if size is None else size.to(alpha.dtype)
+    with torch.autocast(alpha.device.type, enabled=False):
+        return _decayed_sums(alpha, size[..., None])[..., 0]
+
+
+def size_bias(sizes: Tensor, weight: Tensor) -> Tensor:
+    """What proportional attention adds to the score of an entry: weight * log(size).
+
+    A mean key has one column in the softmax where its tokens had `size`. Bolya et al. 2023 (Token
+    Merging, section 3, equation 1) add log(size); here each head scales it.
+
+    Args:
+        sizes: (B, K, N), at least 1.
+        weight: (K,), learned.
+
+    >>> size_bias(torch.tensor([[[1.0, 2.0]]]), torch.tensor([1.0])).flatten().tolist()
+    [0.0, 0.6931471824645996]
+    """
+    return weight.to(sizes.dtype)[:, None] * sizes.log()
+
+
 def _running_means(
     key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, window: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,7 +5,8 @@ Legend: B batch, K kv heads, N tokens, D key dim, Dv value dim, R rotary dim (<=
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -35,30 +36,38 @@ class Tokens:
     """(B, K, N), importance weights; the summed weight for a carried open entry."""
     valid: Tensor
     """(B, N) bool, False at padding."""
+    size: Tensor | None = None
+    """(B, K, N), how many tokens each stands for: 1, or those merged into a carried open entry.
+    None = nothing depends on it."""
 
     def tensors(self) -> list[Tensor]:
         """Its tensors, in the order of the fields of `Tokens`."""
         # Named one by one: decoding asks in every layer, and `fields` takes microseconds.
-        return [self.key, self.value, self.cos, self.sin, self.alpha, self.omega, self.valid]
+        found = [self.key, self.value, self.cos, self.sin, self.alpha, self.omega, self.valid]
+        return found if self.size is None else [*found, self.size]
+
+    def named(self) -> dict[str, Tensor]:
+        """Its tensors by the names of their fields."""
+        return dict(zip(NAMES, self.tensors(), strict=False))
+
+    def map(self, change: Callable[[str, Tensor], Tensor]) -> Tokens:
+        """The run that `change(name of the field, tensor)` makes of it."""
+        return Tokens(**{name: change(name, tensor) for name, tensor in self.named().items()})
 
     def narrow(self, start: int, stop: int) -> Tokens:
         """Views tokens [start, stop)."""
-        return Tokens(
-            *(
-                getattr(self, field.name).narrow(token_dim(field.name), start, stop - start)
-                for field in fields(Tokens)
-            )
-        )
+        return self.map(lambda name, tensor: tensor.narrow(token_dim(name), start, stop - start))
 
     def slice(self, start: int, stop: int) -> Tokens:
         """Copies tokens [start, stop), detached, so that the rest can be freed."""
         part = self.narrow(start, stop)
-        return Tokens(
-            *(
-                tensor.detach().clone(memory_format=torch.contiguous_format)
-                for tensor in part.tensors()
-            )
+        return part.map(
+            lambda _, tensor: tensor.detach().clone(memory_format=torch.contiguous_format)
         )
+
+
+NAMES = ("key", "value", "cos", "sin", "alpha", "omega", "valid", "size")
+"""The fields of `Tokens`, in order; `dataclasses.fields` is slow and can't be compiled."""
 
 
 def token_dim(name: str) -> int:

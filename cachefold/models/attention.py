@@ -17,7 +17,7 @@ from cachefold.cache.entries import PagedEntries
 from cachefold.cache.stream import without_padding
 from cachefold.core.decisions import Decisions, constrain, harden, relax
 from cachefold.core.heads import pool_heads
-from cachefold.core.merging import running_means
+from cachefold.core.merging import running_means, running_sizes, size_bias
 from cachefold.core.rotary import rotate
 from cachefold.core.tokens import Tokens
 from cachefold.models import families
@@ -63,13 +63,15 @@ class FoldedAttention:
         logits, omega = self.policy.share(*self.decision(query, key, hidden_states, position))
         alpha = self._alpha(logits, omega, run, valid if fresh else None)
         damp = Damping(self.decision.neuron, run.zero_out, key)
-        tokens = Tokens(damp(key), value, *position_embeddings, alpha, omega, valid)
+        size_weight = self.decision.size_weight
+        size = None if size_weight is None else torch.ones_like(omega)
+        tokens = Tokens(damp(key), value, *position_embeddings, alpha, omega, valid, size)
         if layer is not None and count == 1 and _can_step(layer, query, tokens):
             padded, wanted = attention_mask is not None, past_key_values.backend
             tokens = without_padding(tokens) if padded else tokens
             run_step = functools.partial(self._step, query, tokens, damp, wanted)
             return self._project_out(layer.step(tokens, run_step, padded)), None
-        stream = None if layer is None else layer.extend(tokens, damp.factors)
+        stream = None if layer is None else layer.extend(tokens, damp.factors, size_weight)
         # With nothing merged the folded form is plain attention: same kernel, same bits.
         plain = run.mode == "hard" and damp.factors is None and self.policy.kv_heads is None
         if fresh and plain and not bool(alpha.any()):
@@ -109,29 +111,38 @@ class FoldedAttention:
             and tail is not None
             and turn is not None
         )
+        weight = self.decision.size_weight
         call = StepCall(
             query=damp(query), new=new, ring=ring, turn=turn, tail=tail, pages=closed.pool.data,
             page_size=layer.page_size, table=closed.table, lengths=closed.lengths,
             scaling=self.scaling, softcap=families.softcap(self), factors=damp.factors,
+            size_weight=None if weight is None else weight.detach(),
         )  # fmt: skip
         return choose(call, wanted).step(call)
 
     def _whole_text(self, query: Tensor, tokens: Tokens, damp: Damping, run: FoldRun) -> Tensor:
         """Without a cache: the text is all there is; (B, H, T, Dv)."""
         key, value = damp(rotate(tokens.key, tokens.cos, tokens.sin)), tokens.value
-        merged_key, merged_value, delay = key, value, 0
+        merged_key, merged_value, merged_bias, delay = key, value, None, 0
         if run.mode != "append":
             mean_key, mean_value, _ = running_means(
                 tokens.key, value, tokens.alpha, tokens.omega, self.policy.window
             )
             merged_key = damp(rotate(mean_key.to(key.dtype), tokens.cos, tokens.sin))
             merged_value, delay = mean_value.to(value.dtype), self.policy.delay
+            if tokens.size is not None:
+                merged_bias = self._bias(running_sizes(tokens.alpha, tokens.size))
         call = ParallelCall(
             query=query, exact_key=key, exact_value=value, merged_key=merged_key,
-            merged_value=merged_value, alpha=tokens.alpha, valid=tokens.valid, delay=delay,
-            scaling=self.scaling, softcap=families.softcap(self),
+            merged_value=merged_value, merged_bias=merged_bias, alpha=tokens.alpha,
+            valid=tokens.valid, delay=delay, scaling=self.scaling, softcap=families.softcap(self),
         )  # fmt: skip
         return choose(call).parallel(call)
+
+    def _bias(self, sizes: Tensor | None) -> Tensor | None:
+        """Bias on the scores of entries of these sizes, (B, K, N); None = 0."""
+        weight = self.decision.size_weight
+        return None if weight is None or sizes is None else size_bias(sizes, weight)
 
     def _with_cache(
         self, query: Tensor, stream: Stream, cache: FoldedCache, damp: Damping
@@ -141,7 +152,7 @@ class FoldedAttention:
         call = PagedCall(
             query=query, pages=stream.pages, page_size=cache.page_size, table=stream.table,
             visible=stream.visible, open_key=damp(rotate(opened.key, opened.cos, opened.sin)),
-            open_value=opened.value, open_valid=opened.valid,
+            open_value=opened.value, open_bias=self._bias(opened.size), open_valid=opened.valid,
             exact_key=damp(rotate(exact.key, exact.cos, exact.sin)), exact_value=exact.value,
             exact_valid=exact.valid, delay=self.policy.delay, scaling=self.scaling,
             softcap=families.softcap(self),

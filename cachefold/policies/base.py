@@ -18,6 +18,11 @@ class Decision(Protocol):
     neuron: int | None
     """Channel of queries and keys that decides and must leave attention; None = none."""
 
+    @property
+    def size_weight(self) -> Tensor | None:
+        """(K,) float32, weight of log(tokens merged) in the score of an entry; None = 0."""
+        ...
+
     def __call__(
         self, query: Tensor, key: Tensor, hidden_states: Tensor, position: float = 0.0
     ) -> tuple[Tensor, Tensor]:

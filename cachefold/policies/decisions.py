@@ -30,6 +30,8 @@ class LinearDecision(nn.Module):
         num_kv_heads: K.
         weighs: whether there are importance logits; without, omega is 1.
         dial: whether merge logits move with the position of a dial, each head by a learned slope.
+        proportional: whether entries score by their size, each head with a learned weight; 1 at
+            first, as in Token Merging.
 
     >>> logits, omega = LinearDecision(4, 1)(
     ...     torch.ones(1, 1, 1, 2), torch.ones(1, 1, 1, 2), torch.ones(1, 1, 4))
@@ -40,7 +42,12 @@ class LinearDecision(nn.Module):
     neuron = None
 
     def __init__(
-        self, hidden_size: int, num_kv_heads: int, weighs: bool = True, dial: bool = False
+        self,
+        hidden_size: int,
+        num_kv_heads: int,
+        weighs: bool = True,
+        dial: bool = False,
+        proportional: bool = False,
     ) -> None:
         super().__init__()
         rows = 2 * num_kv_heads if weighs else num_kv_heads
@@ -50,7 +57,14 @@ class LinearDecision(nn.Module):
         self.bias = nn.Parameter(bias)
         slope = torch.full((num_kv_heads,), DIAL_SLOPE / LINEAR_SCALE)
         self.slope = nn.Parameter(slope) if dial else None
+        growth = torch.full((num_kv_heads,), 1 / LINEAR_SCALE)
+        self.growth = nn.Parameter(growth) if proportional else None
         self.weighs = weighs
+
+    @property
+    def size_weight(self) -> Tensor | None:
+        """(K,) float32; see `policies.base.Decision`."""
+        return None if self.growth is None else self.growth.float() * LINEAR_SCALE
 
     def forward(
         self, query: Tensor, key: Tensor, hidden_states: Tensor, position: float = 0.0
@@ -92,6 +106,7 @@ class KeepDecision(nn.Module):
     """
 
     neuron = None
+    size_weight = None
 
     def forward(
         self, query: Tensor, key: Tensor, hidden_states: Tensor, position: float = 0.0
@@ -103,6 +118,8 @@ class KeepDecision(nn.Module):
 
 class NeuronDecision(nn.Module):
     """The paper: one channel of k decides, one channel of q weighs; both leave attention."""
+
+    size_weight = None
 
     def __init__(self, neuron: int) -> None:
         super().__init__()

@@ -13,6 +13,7 @@ from cachefold.policies.options import (
     check_choice,
     check_cr,
     check_delay,
+    check_flag,
     check_index,
     check_kv_heads,
     check_max_cr,
@@ -47,6 +48,9 @@ class DMC:
     """kv heads left after mean pooling (GQA), which `cr` does not count; None = all."""
     max_cr: float | None = None
     """Largest ratio of a dial, one model for every ratio from 1 to it; None = `cr` alone."""
+    proportional: bool = False
+    """Proportional attention: the score of an entry rises by g * log(tokens merged), g learned for
+    each head. A number more for each entry, for less of what was said far back getting lost."""
 
     def __post_init__(self) -> None:
         """Checks values."""
@@ -58,8 +62,18 @@ class DMC:
         check_choice("per", self.per, ("head", "layer"))
         check_kv_heads(self.kv_heads)
         check_max_cr(self.cr, self.max_cr)
+        check_flag("proportional", self.proportional)
         if self.max_cr is not None and self.decision == "neuron":
             raise ValueError("a dial (max_cr) needs decision linear; neuron has nothing to move")
+        if self.proportional and self.decision == "neuron":
+            raise ValueError(
+                "proportional needs decision linear, which learns the weights of sizes"
+            )
+        if self.proportional and self.window is not None:
+            raise ValueError(
+                f"proportional counts all tokens of an entry, so that no window={self.window} can "
+                "bound them; leave one of the two out"
+            )
 
     def build_decision(self, hidden_size: int, num_kv_heads: int, head_dim: int) -> nn.Module:
         """Makes the decision module of one attention layer.
@@ -68,7 +82,10 @@ class DMC:
             ValueError: the neuron is beyond the head dim.
         """
         if self.decision != "neuron":
-            return LinearDecision(hidden_size, num_kv_heads, dial=self.max_cr is not None)
+            return LinearDecision(
+                hidden_size, num_kv_heads, dial=self.max_cr is not None,
+                proportional=self.proportional,
+            )  # fmt: skip
         if not -head_dim <= self.neuron < head_dim:
             raise ValueError(
                 f"neuron {self.neuron} doesn't exist: the heads have {head_dim} channels, "

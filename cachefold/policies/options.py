@@ -54,6 +54,18 @@ def check_delay(delay: Any) -> None:
         raise ValueError(f"delay is a whole number of tokens >= 0; got {delay!r}")
 
 
+def check_flag(name: str, flag: Any) -> None:
+    """Refuses anything but True or False.
+
+    Raises:
+        ValueError: another value.
+
+    >>> check_flag("proportional", True)
+    """
+    if not isinstance(flag, bool):
+        raise ValueError(f"{name} is true or false; got {flag!r}")
+
+
 def check_window(window: Any) -> None:
     """Refuses anything but a bound on the tokens of an entry, or None.
 

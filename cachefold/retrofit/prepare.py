@@ -59,7 +59,7 @@ def prepare(model: PreTrainedModel, config: RetrofitConfig) -> PreTrainedModel |
 def start_from(model: PreTrainedModel, config: RetrofitConfig) -> None:
     """Copies the weights of the artefact `config.init` into a prepared model.
 
-    Only a dial may be new: its slopes then start at their default.
+    A dial and proportional attention may be new: what they learn then starts at its default.
 
     Raises:
         ValueError: no artefact there, or one of another base, policy or LoRA rank.
@@ -75,5 +75,7 @@ def start_from(model: PreTrainedModel, config: RetrofitConfig) -> None:
             f"the recipe asks for {wanted[0]}, {wanted[1]} and {wanted[2]}"
         )
     had_dial = artefact["policy"].get("max_cr") is not None
-    fresh = () if had_dial or policy.max_cr is None else (".decision.slope",)
-    load_trainable_state(model, Path(config.init) / WEIGHTS, fresh=fresh)
+    fresh = [] if had_dial or policy.max_cr is None else [".decision.slope"]
+    if getattr(policy, "proportional", False) and not artefact["policy"].get("proportional"):
+        fresh.append(".decision.growth")
+    load_trainable_state(model, Path(config.init) / WEIGHTS, fresh=tuple(fresh))

@@ -25,7 +25,13 @@ class Case:
     """Of the block table."""
     softcap: float | None = None
     factors: bool = False
+    proportional: bool = False
     queries: int = 1
+
+    @property
+    def entry_dim(self) -> int:
+        """Channels of a key in the pages."""
+        return self.dim + self.proportional
 
 
 class Draw:
@@ -55,20 +61,21 @@ class Draw:
             alpha=self.chance(0.5, batch, heads, count).float(),
             omega=self.normal(batch, heads, count).sigmoid() + 0.1,
             valid=self.chance(0.8, batch, count),
+            size=self.below(9, batch, heads, count).float() + 1 if case.proportional else None,
         )
 
     def pages(self, case, lengths, dtype):
         """Pages and table in no order; NaN in every slot that holds no entry."""
         heads, size = case.batch * case.kv_heads, case.page_size
-        count = heads * case.columns + 2
-        pages = torch.full((count, size * (case.dim + case.value_dim)), torch.nan, dtype=dtype)
+        count, dim = heads * case.columns + 2, case.entry_dim
+        pages = torch.full((count, size * (dim + case.value_dim)), torch.nan, dtype=dtype)
         order = torch.randperm(count, generator=self.generator)
         table = order[: heads * case.columns].view(heads, case.columns).int()
-        key, value = key_view(pages, size, case.dim), value_view(pages, size, case.dim)
+        key, value = key_view(pages, size, dim), value_view(pages, size, dim)
         for head, length in enumerate(lengths.flatten().tolist()):
             for slot in range(length):
                 page = table[head, slot // size]
-                key[page, :, slot % size] = self.normal(case.dim, dtype=dtype).cpu()
+                key[page, :, slot % size] = self.normal(dim, dtype=dtype).cpu()
                 value[page, slot % size] = self.normal(case.value_dim, dtype=dtype).cpu()
             # The next entry may need one page more, no other page is there.
             table[head, length // size + 1 :] = -1
@@ -101,6 +108,7 @@ def step_call(case, dtype, seed=0, device="cpu"):
         scaling=case.dim**-0.5,
         softcap=case.softcap,
         factors=draw.normal(case.dim, dtype=dtype) if case.factors else None,
+        size_weight=draw.normal(case.kv_heads) if case.proportional else None,
     )
 
 
@@ -126,6 +134,7 @@ def paged_call(case, dtype, seed=0, device="cpu"):
         open_key=normal(heads, queries, case.dim),
         open_value=normal(heads, queries, case.value_dim),
         open_valid=draw.chance(0.7, batch, queries),
+        open_bias=draw.normal(batch, heads, queries) if case.proportional else None,
         exact_key=normal(heads, tokens, case.dim),
         exact_value=normal(heads, tokens, case.value_dim),
         exact_valid=draw.chance(0.8, batch, tokens),
@@ -137,7 +146,7 @@ def paged_call(case, dtype, seed=0, device="cpu"):
 
 def chunk_call(
     queries, *, seed=0, batch=1, kv_heads=2, groups=3, older=0, before=0, rate=0.5, delay=4,
-    dim=6, value_dim=4, page_size=16, softcap=None, padding=0.2,
+    dim=6, value_dim=4, page_size=16, softcap=None, padding=0.2, proportional=False,
 ):  # fmt: skip
     """A chunk in float64: `rate` of the queries see one entry more than the query before.
 
@@ -154,18 +163,20 @@ def chunk_call(
     column = torch.arange(int(held.max()))
     table = torch.randperm(held.numel() * len(column) + 1, generator=draw.generator)[:-1].int()
     table = table.view(batch, kv_heads, len(column))
-    pages = torch.full((table.numel() + 1, page_size * (dim + value_dim)), torch.nan).double()
+    entry_dim = dim + proportional
+    pages = torch.full((table.numel() + 1, page_size * (entry_dim + value_dim)), torch.nan).double()
     for b in range(batch):
         for k in range(kv_heads):
             slot = torch.arange(int(visible[b, k, -1]))
             page, row = table[b, k, slot // page_size].long(), slot % page_size
-            key_view(pages, page_size, dim)[page, :, row] = normal(len(slot), dim)
-            value_view(pages, page_size, dim)[page, row] = normal(len(slot), value_dim)
+            key_view(pages, page_size, entry_dim)[page, :, row] = normal(len(slot), entry_dim)
+            value_view(pages, page_size, entry_dim)[page, row] = normal(len(slot), value_dim)
     table[column >= held[..., None]] = -1
     return PagedCall(
         query=normal(batch, kv_heads * groups, queries, dim), pages=pages, page_size=page_size,
         table=table, visible=visible, open_key=normal(batch, kv_heads, queries, dim),
         open_value=normal(batch, kv_heads, queries, value_dim),
+        open_bias=normal(batch, kv_heads, queries) if proportional else None,
         open_valid=draw.chance(1 - padding, batch, queries),
         exact_key=normal(batch, kv_heads, queries + older, dim),
         exact_value=normal(batch, kv_heads, queries + older, value_dim),
@@ -189,7 +200,7 @@ def converted(call, dtype):
 
     def convert(value):
         if isinstance(value, Tokens):
-            return Tokens(*(convert(tensor) for tensor in value.tensors()))
+            return value.map(lambda _, tensor: convert(tensor))
         if not isinstance(value, torch.Tensor):
             return value
         return value.to(dtype, copy=True) if value.is_floating_point() else value.clone()
@@ -205,8 +216,8 @@ def wide(call):
 def state(call):
     """What a step changes in place, by name."""
     runs = {
-        f"{run}.{field.name}": getattr(getattr(call, run), field.name)
+        f"{run}.{name}": tensor
         for run in ("ring", "tail")
-        for field in fields(Tokens)
+        for name, tensor in getattr(call, run).named().items()
     }
     return runs | {"turn": call.turn, "pages": call.pages, "lengths": call.lengths}

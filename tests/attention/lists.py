@@ -14,6 +14,8 @@ from cachefold.core.tokens import Tokens
 
 HEADS, KV_HEADS, DIM, VALUE_DIM, ROTARY = 4, 2, 6, 4, 4
 SCALING = 0.5
+WEIGHTS = torch.tensor([0.5, 2.0], dtype=torch.float64)
+"""Of the sizes of entries, for each kv head."""
 
 
 @dataclass
@@ -26,6 +28,12 @@ class Text:
     page_size: int
     softcap: float | None = None
     factors: Tensor | None = None
+    size_weight: Tensor | None = None
+
+    @property
+    def entry_dim(self) -> int:
+        """Channels of a key in the pages."""
+        return DIM + (self.size_weight is not None)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -56,6 +64,8 @@ def make_text(
         torch.rand(batch, KV_HEADS, tokens, **draw) * 0.9 + 0.1,
         valid,
     )
+    if options.get("size_weight") is not None:
+        run = replace(run, size=torch.ones_like(run.omega))
     return Text(torch.randn(batch, HEADS, tokens, DIM, **draw), run, **options)
 
 
@@ -87,6 +97,11 @@ def entry(text: Text, b: int, k: int, members: list[int]) -> tuple[Tensor, Tenso
     return turned(text, key, b, members[-1]), (text.tokens.value[b, k, members] * share).sum(0)
 
 
+def bias(text: Text, k: int, members: list[int]) -> float:
+    """What is added to the score of the entry of the tokens `members`."""
+    return 0.0 if text.size_weight is None else float(text.size_weight[k]) * math.log(len(members))
+
+
 def groups(text: Text, b: int, k: int, i: int) -> tuple[list[list[int]], list[int] | None]:
     """Members of the closed entries and of the open one, once token i - delay is folded."""
     closed: list[list[int]] = []
@@ -107,12 +122,14 @@ def expected(text: Text, b: int, h: int, i: int) -> Tensor:
     k = h // (HEADS // KV_HEADS)
     closed, last = groups(text, b, k, i)
     exact = [j for j in range(max(i - text.delay + 1, 0), i + 1) if text.tokens.valid[b, j]]
-    members = [*closed, *([last] if last else []), *([j] for j in exact)]
-    rows = [entry(text, b, k, some) for some in members]
+    entries = [*closed, *([last] if last else [])]
+    rows = [entry(text, b, k, some) for some in [*entries, *([j] for j in exact)]]
+    extra = [*(bias(text, k, some) for some in entries), *(0.0 for _ in exact)]
     query = turned(text, text.query[b, h, i], b, i)
     scores = torch.stack([key for key, _ in rows]) @ query * SCALING
     if text.softcap is not None:
         scores = text.softcap * torch.tanh(scores / text.softcap)
+    scores = scores + torch.tensor(extra, dtype=scores.dtype)
     return torch.softmax(scores, 0) @ torch.stack([value for _, value in rows])
 
 
@@ -122,7 +139,7 @@ def empty_pages(text: Text, seed: int = 0) -> tuple[Tensor, Tensor]:
     columns = -(-tokens // text.page_size)
     count = batch * KV_HEADS * columns
     order = torch.randperm(count + 2, generator=torch.Generator().manual_seed(seed))[:count]
-    pages = torch.full((count + 2, text.page_size * (DIM + VALUE_DIM)), math.nan)
+    pages = torch.full((count + 2, text.page_size * (text.entry_dim + VALUE_DIM)), math.nan)
     return pages.double(), order.int().view(batch, KV_HEADS, columns)
 
 
@@ -130,11 +147,12 @@ def paged_call(text: Text, queries: int) -> PagedCall:
     """The last `queries` tokens ask."""
     batch, tokens = text.shape
     pages, table = empty_pages(text)
-    keys, values = (view(pages, text.page_size, DIM) for view in (key_view, value_view))
+    keys, values = (view(pages, text.page_size, text.entry_dim) for view in (key_view, value_view))
     first = tokens - queries
     visible = torch.zeros(batch, KV_HEADS, queries, dtype=torch.int64)
     open_key = torch.zeros(batch, KV_HEADS, queries, DIM, dtype=torch.float64)
     open_value = torch.zeros(batch, KV_HEADS, queries, VALUE_DIM, dtype=torch.float64)
+    open_bias = torch.zeros(batch, KV_HEADS, queries, dtype=torch.float64)
     open_valid = torch.zeros(batch, queries, dtype=torch.bool)
     for b in range(batch):
         for k in range(KV_HEADS):
@@ -143,9 +161,11 @@ def paged_call(text: Text, queries: int) -> PagedCall:
                 visible[b, k, q], open_valid[b, q] = len(closed), last is not None
                 if last is not None:
                     open_key[b, k, q], open_value[b, k, q] = entry(text, b, k, last)
+                    open_bias[b, k, q] = bias(text, k, last)
             for slot, members in enumerate(closed):
                 page, row = table[b, k, slot // text.page_size], slot % text.page_size
-                keys[page, :, row], values[page, row] = entry(text, b, k, members)
+                keys[page, :DIM, row], values[page, row] = entry(text, b, k, members)
+                keys[page, DIM:, row] = bias(text, k, members)
     # Columns that no head needs are left out, those that a head does not need are -1.
     held = -(-visible[..., -1] // text.page_size)
     table[torch.arange(table.shape[2]) >= held[..., None]] = -1
@@ -154,6 +174,7 @@ def paged_call(text: Text, queries: int) -> PagedCall:
         query=all_turned(text, text.query)[:, :, first:], pages=pages, page_size=text.page_size,
         table=table[..., : int(held.max())], visible=visible, open_key=open_key,
         open_value=open_value, open_valid=open_valid,
+        open_bias=None if text.size_weight is None else open_bias,
         exact_key=all_turned(text, text.tokens.key)[:, :, start:],
         exact_value=text.tokens.value[:, :, start:], exact_valid=text.tokens.valid[:, start:],
         delay=text.delay, scaling=SCALING, softcap=text.softcap,
@@ -171,6 +192,7 @@ def first_step(text: Text) -> StepCall:
         return Tokens(
             zeros[..., None].repeat(1, 1, 1, DIM), zeros[..., None].repeat(1, 1, 1, VALUE_DIM),
             angle, angle.clone(), zeros, zeros + 1, torch.zeros(batch, count, dtype=torch.bool),
+            None if text.size_weight is None else zeros + 1,
         )  # fmt: skip
 
     return StepCall(
@@ -178,7 +200,7 @@ def first_step(text: Text) -> StepCall:
         turn=torch.zeros((), dtype=torch.int64), tail=blank(1), pages=pages,
         page_size=text.page_size, table=table,
         lengths=torch.zeros(batch, KV_HEADS, dtype=torch.int64), scaling=SCALING,
-        softcap=text.softcap, factors=text.factors,
+        softcap=text.softcap, factors=text.factors, size_weight=text.size_weight,
     )  # fmt: skip
 
 

@@ -31,6 +31,9 @@ CASES = [
     Case(kv_heads=1, groups=16, dim=32, value_dim=16, rotary_dim=32, columns=20, delay=150),
     Case(batch=1, dim=256, value_dim=256, rotary_dim=256, page_size=32, columns=1, delay=3),
     Case(columns=0),
+    Case(proportional=True),
+    Case(batch=3, groups=8, delay=0, dim=80, rotary_dim=32, softcap=2.0, proportional=True),
+    Case(kv_heads=3, page_size=32, delay=20, columns=20, proportional=True),
 ]
 
 

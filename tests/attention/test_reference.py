@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import math
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from cachefold.attention import blocked, reference
 from cachefold.attention.call import ParallelCall
 from cachefold.core.decisions import constrain
-from cachefold.core.merging import merge_step, running_means
+from cachefold.core.merging import merge_step, running_means, running_sizes, size_bias
 from tests.attention import lists
 from tests.attention.lists import DIM, HEADS, KV_HEADS
 
@@ -39,16 +40,18 @@ def _inputs(tokens, seed, kind="hard", padding=None):
     return query, key, value, constrain(alpha, valid), omega, valid
 
 
-def _call(query, key, value, alpha, omega, valid, window=None, **options):
+def _call(query, key, value, alpha, omega, valid, window=None, weight=None, **options):
     """A whole text, as the model asks for it without a cache."""
     mean_key, mean_value, _ = running_means(key, value, alpha, omega, window)
+    if weight is not None:
+        options["merged_bias"] = size_bias(running_sizes(alpha), weight)
     return ParallelCall(
         query=query, exact_key=key, exact_value=value, merged_key=mean_key,
         merged_value=mean_value, alpha=alpha, valid=valid, scaling=0.5, **options,
     )  # fmt: skip
 
 
-def _one_by_one(query, key, value, alpha, omega, valid, delay, window):
+def _one_by_one(query, key, value, alpha, omega, valid, delay, window, weight=None):
     """Hard decisions only: a Python list of entries per (batch, head)."""
     out = torch.zeros_like(query)
     for b in range(query.shape[0]):
@@ -60,14 +63,16 @@ def _one_by_one(query, key, value, alpha, omega, valid, delay, window):
                 if j >= 0 and valid[b, j]:
                     token = (t[b : b + 1, k : k + 1, j] for t in (key, value, alpha, omega))
                     state, mean_key, mean_value = merge_step(state, *token, window)
-                    if alpha[b, k, j] == 1:
-                        entries.pop()
-                    entries.append((mean_key[0, 0], mean_value[0, 0]))
+                    size = 1 + (entries.pop()[2] if alpha[b, k, j] == 1 else 0)
+                    entries.append((mean_key[0, 0], mean_value[0, 0], size))
                 ring = [t for t in range(max(0, j + 1), i + 1) if valid[b, t]]
                 keys = [e[0] for e in entries] + [key[b, k, t] for t in ring]
                 values = [e[1] for e in entries] + [value[b, k, t] for t in ring]
                 if keys:
-                    weights = torch.softmax(torch.stack(keys) @ query[b, h, i] * 0.5, 0)
+                    scores = torch.stack(keys) @ query[b, h, i] * 0.5
+                    for n, (_, _, size) in enumerate(entries if weight is not None else ()):
+                        scores[n] += weight[k] * math.log(size)
+                    weights = torch.softmax(scores, 0)
                     out[b, h, i] = weights @ torch.stack(values)
     return out
 
@@ -80,12 +85,13 @@ def _one_by_one(query, key, value, alpha, omega, valid, delay, window):
     delay=st.sampled_from([0, 1, 4, 16, 50]),
     kind=st.sampled_from(["hard", "merge", "append"]),
     padding=st.integers(0, 10),
+    weight=st.sampled_from([None, lists.WEIGHTS]),
     seed=st.integers(0, 2**16),
 )
-def test_parallel_equals_token_by_token(attend, tokens, window, delay, kind, padding, seed):
+def test_parallel_equals_token_by_token(attend, tokens, window, delay, kind, padding, weight, seed):
     inputs = _inputs(tokens, seed, kind, min(padding, tokens - 1))
-    expected = _one_by_one(*inputs, delay, window)
-    actual = attend(_call(*inputs, window, delay=delay))
+    expected = _one_by_one(*inputs, delay, window, weight)
+    actual = attend(_call(*inputs, window, weight, delay=delay))
     real = inputs[-1][:, None, :, None]
     torch.testing.assert_close(actual * real, expected * real, rtol=0, atol=1e-12)
 
@@ -95,11 +101,12 @@ def test_parallel_equals_token_by_token(attend, tokens, window, delay, kind, pad
 @pytest.mark.parametrize("delay", [0, 2, 9])
 def test_gradients_match_finite_differences(attend, delay, window):
     *inputs, valid = _inputs(7, 3, "soft", padding=2)
-    inputs = [x[:, ..., :].clone().requires_grad_() for x in inputs]
+    inputs = [x.clone().requires_grad_() for x in [*inputs, lists.WEIGHTS]]
     real = valid[:, None, :, None]
 
     def attention(*leaves):
-        return attend(_call(*leaves, valid, window, delay=delay, softcap=4.0)) * real
+        *leaves, weight = leaves
+        return attend(_call(*leaves, valid, window, weight, delay=delay, softcap=4.0)) * real
 
     assert torch.autograd.gradcheck(attention, inputs)
 
@@ -135,15 +142,18 @@ TEXTS = {
     "page_size": st.sampled_from([16, 32]),
     "softcap": st.sampled_from([None, 1.5]),
     "damped": st.booleans(),
+    "proportional": st.booleans(),
 }
 
 
-def _text(seed, batch, tokens, rate, padding, page_size, softcap, damped, delay):
+def _text(
+    seed, batch, tokens, rate, padding, page_size, softcap, damped, delay, proportional=False
+):
     factors = torch.ones(DIM, dtype=torch.float64)
     factors[-1] = 0.25
     return lists.make_text(
         seed, batch, tokens, rate, padding, delay=delay, page_size=page_size, softcap=softcap,
-        factors=factors if damped else None,
+        factors=factors if damped else None, size_weight=lists.WEIGHTS if proportional else None,
     )  # fmt: skip
 
 

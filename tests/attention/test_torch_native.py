@@ -51,6 +51,7 @@ def _check(call, rtol=0.0, atol=1e-12):
             "page_size": st.sampled_from([16, 32]),
             "softcap": st.sampled_from([None, 1.5]),
             "padding": st.sampled_from([0.0, 0.3, 1.0]),
+            "proportional": st.booleans(),
         }
     ),
     older=st.integers(0, 15),

@@ -54,6 +54,7 @@ def test_steps_are_one_graph(compiler, delay):
     text = lists.make_text(
         1, 2, 50, 0.5, [(0, 0), (3, 9)], delay=delay, page_size=16,
         softcap=1.5 if delay else None, factors=factors,
+        size_weight=lists.WEIGHTS if delay else None,
     )  # fmt: skip
     with torch.no_grad():
         _check_steps(compiled, text, 50)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -49,9 +49,10 @@ def test_nothing_waits_for_the_device():
             torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("proportional", [False, True])
 @pytest.mark.parametrize("delay", [0, 5])
-def test_a_cuda_graph_of_a_step_goes_on_for_many_tokens(delay):
-    case, dtype = Case(delay=delay, columns=4), torch.bfloat16
+def test_a_cuda_graph_of_a_step_goes_on_for_many_tokens(delay, proportional):
+    case, dtype = Case(delay=delay, columns=4, proportional=proportional), torch.bfloat16
     call = text_start(case, dtype)
     expected = widened(call)
     BACKEND.step(copied(call))  # compiles
@@ -60,8 +61,9 @@ def test_a_cuda_graph_of_a_step_goes_on_for_many_tokens(delay):
         got = BACKEND.step(call)
     for query, new in tokens_to_step(case, dtype, 40):
         call.query.copy_(query)
-        for field in fields(new):
-            getattr(call.new, field.name).copy_(getattr(new, field.name))
+        held = call.new.named()
+        for name, tensor in new.named().items():
+            held[name].copy_(tensor)
         graph.replay()
         want = reference.step(replace(expected, query=query.float(), new=widened(new)))
         assert_outputs(got, want, sees_step(call)[..., None], 1.6e-2)

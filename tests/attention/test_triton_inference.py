@@ -42,21 +42,23 @@ def test_kernels_equal_the_reference_in_the_interpreter():
 
 
 @pytest.mark.parametrize(
-    ("target", "dtype", "dim", "page_size"),
+    ("target", "dtype", "dim", "page_size", "bias"),
     [
-        ("sm_80", "bfloat16", 128, 16),
-        ("gfx942", "float32", 64, 32),
+        ("sm_80", "bfloat16", 128, 16, "plain"),
+        ("sm_80", "bfloat16", 128, 16, "bias"),
+        ("gfx942", "float32", 64, 32, "bias"),
         *(
-            pytest.param(target, dtype, dim, 16, marks=pytest.mark.slow)
+            pytest.param(target, dtype, dim, 16, bias, marks=pytest.mark.slow)
             for target in LIMITS
             for dtype in ("bfloat16", "float32")
             for dim in (64, 128, 256)
+            for bias in ("plain", "bias")
         ),
     ],
 )
-def test_kernels_compile_for_cards(target, dtype, dim, page_size, tmp_path):
+def test_kernels_compile_for_cards(target, dtype, dim, page_size, bias, tmp_path):
     out = run(
-        __file__, target, dtype, str(dim), str(page_size), TRITON_INTERPRET=None,
+        __file__, target, dtype, str(dim), str(page_size), bias, TRITON_INTERPRET=None,
         TRITON_CACHE_DIR=str(tmp_path),
     )  # fmt: skip
     kernels = json.loads(out)
@@ -74,7 +76,7 @@ def test_kernels_compile_for_cards(target, dtype, dim, page_size, tmp_path):
     assert loads and all("!tt.ptr<i32>" in load for load in loads)
 
 
-def compile_kernels(target, dtype, dim, page_size):
+def compile_kernels(target, dtype, dim, page_size, proportional):
     """Shared memory (bytes), IR and assembly of each kernel that a step and a prefill launch."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -106,8 +108,9 @@ def compile_kernels(target, dtype, dim, page_size):
     if target == "gfx942":
         torch.version.hip = "6"
     case = triton_cases.Case(
-        dim=dim, value_dim=dim, rotary_dim=dim, page_size=page_size, factors=True, softcap=5.0
-    )
+        dim=dim, value_dim=dim, rotary_dim=dim, page_size=page_size, factors=True, softcap=5.0,
+        proportional=proportional,
+    )  # fmt: skip
     BACKEND.step(triton_cases.step_call(case, dtype))
     BACKEND.attend(triton_cases.paged_call(replace(case, queries=100), dtype))
     return kernels
@@ -138,6 +141,18 @@ def test_unsupported_calls_are_refused_with_the_reason():
         assert not ok and reason in text
 
 
+@pytest.mark.parametrize("make", ["step_call", "paged_call"])
+def test_calls_with_a_bias_on_entries_are_refused_only_off_the_gpu(make):
+    from tests.attention import triton_cases
+
+    case = triton_cases.Case(dim=256, value_dim=256, proportional=True)
+    ok, text = BACKEND.supports(getattr(triton_cases, make)(case, torch.bfloat16))
+    if triton_cases.DEVICE == "cpu":
+        assert not ok and text == "it runs on a GPU, not on cpu"
+    else:
+        assert ok
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_backend_says_so():
     ok, reason = BACKEND.available()
@@ -150,10 +165,8 @@ def test_without_triton_the_backend_says_so(monkeypatch):
 
 
 if __name__ == "__main__":
-    print(
-        json.dumps(
-            compile_kernels(
-                sys.argv[1], getattr(torch, sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-            )
-        )
+    target, dtype, dim, page_size, bias = sys.argv[1:]
+    kernels = compile_kernels(
+        target, getattr(torch, dtype), int(dim), int(page_size), bias == "bias"
     )
+    print(json.dumps(kernels))

@@ -82,6 +82,7 @@ ATTENTION = {
 SCAN = {"means_fwd_kernel", "means_bwd_kernel", "windowed_fwd_kernel", "windowed_bwd_kernel"}
 
 
+@pytest.mark.parametrize("has_bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize(
     ("target", "dtype", "dim"),
     [
@@ -95,14 +96,14 @@ SCAN = {"means_fwd_kernel", "means_bwd_kernel", "windowed_fwd_kernel", "windowed
     ],
     ids=str,
 )
-def test_kernels_compile_for_cards_and_fit(target, dtype, dim, compiled):
+def test_kernels_compile_for_cards_and_fit(target, dtype, dim, has_bias, compiled):
     compiled.target, compiled.limit = TARGETS[target]
     query, key = torch.zeros(1, 3, 40, dim, dtype=dtype), torch.zeros(1, 1, 40, dim, dtype=dtype)
     alpha, lse = torch.zeros(1, 1, 40), torch.zeros(1, 3, 40)
     valid, columns = torch.ones(1, 40, dtype=torch.int8), (key, key, key, key)
-    options = (16, 0.125, 50.0)
-    triton_train.forward(query, columns, alpha, valid, *options)
-    triton_train_bwd.backward(query, query, columns, alpha, valid, query, lse, *options)
+    biases, options = (alpha, alpha if has_bias else None), (16, 0.125, 50.0)
+    triton_train.forward(query, columns, *biases, valid, *options)
+    triton_train_bwd.backward(query, query, columns, *biases, valid, query, lse, *options)
     for window in (None, 12):
         leaf = key.clone().requires_grad_()
         triton_scan.running_means(leaf, key, alpha, alpha, window)[0].sum().backward()

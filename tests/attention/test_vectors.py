@@ -46,6 +46,15 @@ def test_score(rows, stride, half):
 
 
 @HALF
+def test_bias_adds_to_16_columns_of_every_row(half):
+    source, scores = stored(numbers(16), half), numbers(3, 20)
+    expected = scores.clone()
+    expected[:, :16] += 2.0 * source.float()
+    run(vectors.make_bias(3, half, 2.0), source, scores, 80)
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-6)
+
+
+@HALF
 @pytest.mark.parametrize(("rows", "dim"), [(1, 16), (3, 64), (12, 80)])
 @pytest.mark.parametrize("count", [0, 1, 16])
 def test_weigh_reads_no_more_than_count(count, rows, dim, half):

@@ -34,12 +34,15 @@ CASES = [
     Case(),
     Case(groups=1, delay=0, dim=16, value_dim=16, rotary_dim=16),
     Case(batch=3, groups=8, delay=1, dim=80, value_dim=80, rotary_dim=32, softcap=2.0),
+    Case(kv_heads=3, dim=16, value_dim=48, rotary_dim=8, delay=5, softcap=2.0, proportional=True),
     Case(kv_heads=3, dim=128, value_dim=64, rotary_dim=128, page_size=32, delay=20, factors=True),
     Case(kv_heads=1, groups=17, dim=16, value_dim=48, rotary_dim=8, columns=20, softcap=5.0),
     Case(batch=1, dim=256, value_dim=256, rotary_dim=256, page_size=32, columns=1, delay=3),
     Case(columns=0),
+    Case(groups=1, delay=0, dim=16, rotary_dim=16, page_size=32, columns=20, proportional=True),
+    Case(batch=1, dim=80, value_dim=80, factors=True, proportional=True),
 ]
-CASES_SHORT = CASES[:3]
+CASES_SHORT = CASES[:4]
 
 
 @pytest.fixture(autouse=True)
@@ -116,10 +119,11 @@ def assert_same_state(actual, expected, tolerance):
     """Copies are exact, means differ by roundings of float32, pages by one of their dtype."""
     for name, exact in (("ring", 0.0), ("tail", 1e-5)):
         ours, theirs = getattr(actual, name), getattr(expected, name)
-        for field in fields(Tokens):
-            atol = exact if field.name in ("key", "value", "omega") else 0.0
-            pair = (getattr(tokens, field.name).float() for tokens in (ours, theirs))
-            torch.testing.assert_close(*pair, rtol=0, atol=atol)
+        wanted = theirs.named()
+        assert list(ours.named()) == list(wanted)
+        for field, tensor in ours.named().items():
+            atol = exact if field in ("key", "value", "omega") else 0.0
+            torch.testing.assert_close(tensor.float(), wanted[field].float(), rtol=0, atol=atol)
     torch.testing.assert_close(actual.turn, expected.turn)
     torch.testing.assert_close(actual.lengths, expected.lengths)
     pages = actual.pages.float(), expected.pages
@@ -159,9 +163,12 @@ def tokens_to_step(case, dtype, count):
         yield draw.normal(case.batch, case.kv_heads * case.groups, 1, case.dim, dtype=dtype), new
 
 
+@pytest.mark.parametrize("proportional", [False, True])
 @pytest.mark.parametrize("delay", [0, 5])
-def test_many_steps_equal_reference(delay):
-    case = Case(2, 1, delay=delay, dim=16, value_dim=16, rotary_dim=16, columns=2)
+def test_many_steps_equal_reference(delay, proportional):
+    case = Case(
+        2, 1, delay=delay, dim=16, value_dim=16, rotary_dim=16, columns=2, proportional=proportional
+    )
     call = text_start(case, torch.float32)
     expected = copied(call)
     for query, new in tokens_to_step(case, torch.float32, 28):
@@ -196,7 +203,7 @@ def test_attend_equals_reference(case, queries, dtype):
 
 
 @pytest.mark.parametrize("queries", [1, 45])
-@pytest.mark.parametrize("case", CASES[3:], ids=str)
+@pytest.mark.parametrize("case", CASES[4:], ids=str)
 def test_attend_equals_reference_for_odd_shapes(case, queries):
     check_attend(replace(case, queries=queries), torch.float32)
 
@@ -245,7 +252,7 @@ def launches(monkeypatch):
 
 
 def test_launches_do_not_depend_on_lengths(launches):
-    full = step_call(CASES[4], torch.float32)
+    full = step_call(CASES[5], torch.float32)
     empty = replace(copied(full), lengths=torch.zeros_like(full.lengths))
     empty.tail.valid.zero_()
     for call in (full, empty):

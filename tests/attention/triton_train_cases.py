@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from cachefold.attention import reference, triton_train, triton_train_tiles
+from cachefold.attention import reference, triton_backend, triton_train, triton_train_tiles
 from cachefold.attention.call import ParallelCall
 from tests.attention.triton_gradients import (
     BATCH,
@@ -39,6 +39,7 @@ class Case:
     value_dim: int = 16
     padding: int = 0
     softcap: float | None = None
+    bias: bool = False
 
 
 CASES = [
@@ -52,6 +53,9 @@ CASES = [
     Case(tokens=70, delay=16, group=3, padding=20),
     Case(tokens=70, delay=0, dim=64, value_dim=64, kind="append"),
     Case(tokens=70, delay=34, kind="mild"),
+    Case(tokens=33, delay=16, group=3, kv_heads=2, padding=3, softcap=2.0, bias=True),
+    Case(tokens=70, delay=0, kind="hard", bias=True),
+    Case(tokens=7, delay=1, kind="merge", bias=True),
 ]
 
 
@@ -70,7 +74,8 @@ def small_tiles(monkeypatch):
 
 
 def attention_inputs(case, dtype, seed=0):
-    """Query, exact and merged keys and values, alpha; then `valid` and the gradient of the output.
+    """Query, exact and merged keys and values, alpha and a bias, if the case has one; then `valid`
+    and the gradient of the output.
 
     Nobody uses the output at padding: its gradient there is 0.
     """
@@ -86,16 +91,17 @@ def attention_inputs(case, dtype, seed=0):
     valid = torch.ones(BATCH, case.tokens, dtype=torch.bool, device=DEVICE)
     valid[0, : case.padding] = False
     grad = draw(BATCH, heads, case.tokens, case.value_dim).to(DEVICE, dtype)
-    return [*tensors, alpha], valid, grad * valid[:, None, :, None]
+    bias = [draw(*kv).to(DEVICE, torch.float32)] if case.bias else []
+    return [*tensors, alpha, *bias], valid, grad * valid[:, None, :, None]
 
 
 def attend(parallel, case, leaves, valid):
-    query, exact_key, exact_value, merged_key, merged_value, alpha = leaves
+    query, exact_key, exact_value, merged_key, merged_value, alpha, *bias = leaves
     return parallel(
         ParallelCall(
             query=query, exact_key=exact_key, exact_value=exact_value, merged_key=merged_key,
-            merged_value=merged_value, alpha=alpha, valid=valid, delay=case.delay,
-            scaling=case.dim**-0.5, softcap=case.softcap,
+            merged_value=merged_value, merged_bias=bias[0] if bias else None, alpha=alpha,
+            valid=valid, delay=case.delay, scaling=case.dim**-0.5, softcap=case.softcap,
         )
     )  # fmt: skip
 
@@ -109,7 +115,7 @@ def check_attention(case, dtype):
 
     actual = with_gradients(run(triton_train.parallel), leaves, [grad])
     expected = with_gradients(run(reference.parallel), [x.double() for x in leaves], [grad])
-    assert [a.dtype for a in actual] == [dtype] * 6 + [torch.float32]
+    assert [a.dtype for a in actual] == [dtype] * 6 + [torch.float32] * (1 + case.bias)
     assert_near(actual, expected, TOLERANCES[dtype])
 
 
@@ -119,7 +125,7 @@ def test_attention_equals_reference(case, small_tiles):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("case", [CASES[4], CASES[5]], ids=str)
+@pytest.mark.parametrize("case", [CASES[4], CASES[5], CASES[10]], ids=str)
 def test_half_precision_attention_equals_reference(case, dtype, small_tiles):
     check_attention(case, dtype)
 
@@ -156,7 +162,7 @@ def test_alpha_that_hides_a_column_gets_no_gradient_and_one_near_it_none_either(
 
 
 def test_views_give_the_same_numbers(small_tiles):
-    case = CASES[2]
+    case = replace(CASES[2], bias=True)
     leaves, valid, grad = attention_inputs(case, torch.float32)
     views = [leaf.transpose(1, 2).contiguous().transpose(1, 2) for leaf in leaves]
     assert not views[0].is_contiguous()
@@ -204,6 +210,13 @@ def test_refuses_what_it_cannot_do(dtype, dim, told):
     leaves, valid, _ = attention_inputs(case, dtype)
     with pytest.raises(ValueError, match=told):
         attend(triton_train.parallel, case, leaves, valid)
+
+
+def test_a_bias_is_no_reason_to_refuse():
+    case = Case(tokens=7, bias=True)
+    leaves, valid, _ = attention_inputs(case, torch.float32)
+    reason = "it runs on a GPU, not on cpu" if DEVICE == "cpu" else ""
+    assert attend(triton_backend.BACKEND.supports, case, leaves, valid) == (not reason, reason)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the examples are on the CPU")

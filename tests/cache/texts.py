@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -122,10 +122,14 @@ def stream_rows(stream: Stream, b: int, k: int, row: int, delay: int) -> list[li
     return rows
 
 
-def run_step(layer: FoldedLayer, text: Text, i: int) -> torch.Tensor:
+def run_step(
+    layer: FoldedLayer, text: Text, i: int, size_weight: torch.Tensor | None = None
+) -> torch.Tensor:
     """Token i by a step in place, by the reference; (B, HEADS, DIM), every channel asked for 1."""
     poison(layer)
     new = Tokens(*text.part(i, i + 1))
+    if size_weight is not None:
+        new = replace(new, size=torch.ones_like(new.omega))
     query = torch.ones(len(text.valid), HEADS, 1, DIM, dtype=torch.float64)
 
     def run(layer: FoldedLayer) -> torch.Tensor:
@@ -134,6 +138,7 @@ def run_step(layer: FoldedLayer, text: Text, i: int) -> torch.Tensor:
                 query=query, new=new, ring=layer.ring, turn=layer.turn, tail=layer.tail,
                 pages=layer.closed.pool.data, page_size=layer.page_size,
                 table=layer.closed.table, lengths=layer.closed.lengths, scaling=1.0,
+                size_weight=size_weight,
             )
         )  # fmt: skip
 

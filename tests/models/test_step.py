@@ -29,7 +29,9 @@ def steps(monkeypatch) -> list[int]:
 def folded(family: str = "Llama", delay: int = 3, **changes):
     window = changes.pop("window", None)
     decision = changes.pop("decision", "linear")
-    model = fold(tiny_model(family, **changes), DMC(delay=delay, window=window, decision=decision))
+    proportional = changes.pop("proportional", False)
+    policy = DMC(delay=delay, window=window, decision=decision, proportional=proportional)
+    model = fold(tiny_model(family, **changes), policy)
     scramble_decisions(model)
     return model
 
@@ -49,7 +51,8 @@ def feed(model, ids, bounds, cache, mask=None) -> torch.Tensor:
 @pytest.mark.parametrize("delay", [0, 4, 40])
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 def test_steps_equal_extend_and_parallel(family, delay, backend, steps):
-    model, ids = folded(family, delay), random_ids(2, 30)
+    # Half of them weigh entries by their size.
+    model, ids = folded(family, delay, proportional=delay == 4), random_ids(2, 30)
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
     whole = model(ids, attention_mask=mask, use_cache=False).logits
@@ -77,11 +80,13 @@ def test_steps_equal_extend_and_parallel(family, delay, backend, steps):
 
 @pytest.mark.parametrize("backend", dispatch.ORDER)
 @pytest.mark.parametrize(("dtype", "page_size"), [(torch.float32, 32), (torch.bfloat16, 16)])
-def test_every_backend_at_a_head_dim_of_real_models(backend, dtype, page_size):
+@pytest.mark.parametrize("proportional", [False, True])
+def test_every_backend_at_a_head_dim_of_real_models(backend, dtype, page_size, proportional):
     ok, reason = dispatch.list_backends()[backend]
     if not ok:
         pytest.skip(reason)
-    model, ids = folded(hidden_size=128, head_dim=32), random_ids(2, 60)
+    model = folded(hidden_size=128, head_dim=32, proportional=proportional)
+    ids = random_ids(2, 60)
     model, mask = model.to(dtype), torch.ones_like(ids)
     mask[0, :23] = 0
     cache = new_cache(model, page_size=page_size, backend=backend)
@@ -105,8 +110,9 @@ def test_the_neuron_that_decides_leaves_attention_in_steps_too(steps):
     assert steps and cache.compression_ratio() > 1.05
 
 
-def test_steps_go_on_in_copies_and_files(tmp_path, steps):
-    model, ids = folded(), random_ids(2, 30)
+@pytest.mark.parametrize("proportional", [False, True])
+def test_steps_go_on_in_copies_and_files(tmp_path, steps, proportional):
+    model, ids = folded(proportional=proportional), random_ids(2, 30)
     whole = model(ids, use_cache=False).logits
     cache = new_cache(model)
     feed(model, ids, [0, 9, *range(10, 18)], cache)

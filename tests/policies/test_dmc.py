@@ -27,6 +27,7 @@ EPS = 2.0**-7
         ("neuron", [1.0, "last", None, True]),
         ("decision", ["neurons", None]),
         ("per", ["heads", 1]),
+        ("proportional", [1, "yes", None]),
     ],
 )
 def test_bad_options_are_refused_by_name(option, bad):
@@ -52,6 +53,12 @@ def test_a_policy_survives_its_dict_and_is_frozen():
     assert get_policy(**policy.to_dict()) == policy
     with pytest.raises(FrozenInstanceError):
         policy.cr = 2
+
+
+@pytest.mark.parametrize("other", [{"window": 12}, {"decision": "neuron"}])
+def test_proportional_refuses_what_it_cannot_go_with(other):
+    with pytest.raises(ValueError, match="^proportional"):
+        DMC(proportional=True, **other)
 
 
 def test_a_name_is_taken_once():

@@ -90,6 +90,23 @@ def test_a_dial_is_trained_calibrated_and_saved(workspace: Path, fixed: Path) ->
     assert model.config.cachefold["cr"] == 3
 
 
+def test_weights_of_sizes_start_at_one_and_are_trained(workspace: Path, fixed: Path) -> None:
+    values = dial_recipe(workspace, "proportional", fixed, 30)
+    values["policy"]["proportional"] = True
+    fresh, _ = load_model(from_dict(values))
+    prepare(fresh, from_dict(values))
+    before = _size_weights(fresh)
+    folder = Path(run_retrofit(from_dict(values))["folder"])
+    after = _size_weights(load_folded(folder, load_base(str(workspace / "model"))[0], cr=3))
+    assert before and all(weight.eq(1).all() for weight in before)
+    assert not any(weight.eq(1).any() for weight in after)
+    assert read_config(folder)["policy"]["proportional"] is True
+
+
+def _size_weights(model: torch.nn.Module) -> list[torch.Tensor]:
+    return [layer.self_attn.decision.size_weight.detach() for layer in model.model.layers]
+
+
 def test_rows_without_a_kind_are_bulk(workspace: Path) -> None:
     data = from_dict(recipe(workspace)).data
     texts = preset_texts(data, make_tokenizer())

@@ -70,7 +70,7 @@ def test_the_paper_recipes_have_its_constants(size: str, ratio: int) -> None:
     assert plan.memory["teacher"] == 0
     assert config.build_policy().to_dict() | {"cr": 2} == {
         "name": "dmc", "cr": 2, "delay": 0, "window": 12, "decision": "neuron", "per": "head",
-        "neuron": -1, "kv_heads": None, "max_cr": None,
+        "neuron": -1, "kv_heads": None, "max_cr": None, "proportional": False,
     }  # fmt: skip
     halfway = 250 + ramp // 2
     assert [schedule.zero_out(step) for step in (0, 100, 200, 249)] == [1.0, 0.5, 0.0, 0.0]
