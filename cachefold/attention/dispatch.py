@@ -173,7 +173,8 @@ def _attempt(name: str, call: Call) -> tuple[Backend | None, str]:
 
 
 def _needs_gradient(call: PagedCall) -> bool:
-    inputs = (call.query, call.exact_key, call.exact_value, call.open_key, call.open_value)
+    inputs = [call.query, call.exact_key, call.exact_value, call.open_key, call.open_value]
+    inputs += [] if call.open_bias is None else [call.open_bias]
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
 
 

@@ -72,7 +72,10 @@ def step(call: StepCall) -> Tensor:
     factors = _ones(key_dim) if call.factors is None else call.factors.float().contiguous()
     new, ring, tail = _places(fresh), _places(call.ring.tensors()), _places(call.tail.tensors())
     bias = torch.empty(batch, kv_heads if shape.biased else 0)
-    weight = call.size_weight.contiguous() if call.size_weight is not None else bias
+    weight = bias
+    if call.size_weight is not None:
+        weight = call.size_weight.float().contiguous()
+        assert all(run.size is not None for run in (call.new, call.ring, call.tail))
     cos, rotary = fresh[2], fresh[2].shape[-1]
     stride = rotary * cos.element_size() if cos.shape[0] > 1 else 0
     shared = {

@@ -81,7 +81,7 @@ def load_size(p_token: tl.tuple, o_token: tl.tuple, m_token: tl.tuple) -> tl.ten
 @triton.jit
 def size_bias(size: tl.tensor, weight: tl.tensor) -> tl.tensor:
     """`merging.size_bias` of one entry of every head."""
-    return weight * tl.log(tl.maximum(size, 1.0))
+    return weight * tl.log(tl.maximum(size, 1.0))  # a slot that holds nothing may have 0
 
 
 @triton.jit

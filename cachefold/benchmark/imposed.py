@@ -170,7 +170,8 @@ def filled_cache(
         column = torch.arange(int(closed.max()))
         new = (column < closed[..., None]).to(model.device)
         rows = block.flatten(0, 2)[: int(closed.sum())]
-        layer.closed.append(new, rows, rows)
+        bias = rows.new_zeros(len(rows), int(layer.has_sizes))
+        layer.closed.append(new, torch.cat([rows, bias], -1), rows)
         layer.seen += tokens - first
         layer.valid_seen = layer.valid_seen + (tokens - first)
     others = set(range(len(cache.layers))) - set(cache.folded_layers)

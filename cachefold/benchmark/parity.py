@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cachefold.attention import reference
-from cachefold.attention.call import PagedCall, StepCall
+from cachefold.attention.call import PagedCall, StepCall, entry_key_dim
 from cachefold.attention.dispatch import Backend, choose
 from cachefold.benchmark.synthetic import Case, Shape, chunk_call, paged_call, step_call
 from cachefold.core.pages import gather
@@ -106,7 +106,7 @@ def _check_steps(backend: Backend, call: StepCall, row: int, case: str) -> None:
 
 def _written(call: StepCall, exact: StepCall, row: int) -> dict[str, tuple[Tensor, Tensor]]:
     """What a step leaves behind, that of the backend and that of the reference."""
-    dim, tail = call.query.shape[-1], "open entry, "
+    dim, tail = entry_key_dim(call), "open entry, "
     columns = int(call.lengths[row].max() - 1) // call.page_size + 1
     exists = torch.arange(columns * call.page_size, device=call.lengths.device)
     exists = exists < call.lengths[row, :, None]

@@ -170,11 +170,6 @@ class PagedEntries(PagedLists):
 
     pool: PagePool
 
-    @property
-    def key_dim(self) -> int:
-        """D."""
-        return self.pool.key_dim
-
     def append(
         self,
         new: Tensor,

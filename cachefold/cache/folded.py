@@ -45,6 +45,7 @@ class FoldedCache(Cache):
             of its policy.
         preset: kind of text its dial was calibrated for, such as `code`; None = the default one.
         kv_heads: kv heads that are left after pooling; None = those of the model.
+        proportional: entries are weighed by how many tokens they hold.
 
     Raises:
         ValueError: an index out of range, a layer whose cache can't be folded, paging options
@@ -71,6 +72,7 @@ class FoldedCache(Cache):
         cr: float | None = None,
         preset: str | None = None,
         kv_heads: int | None = None,
+        proportional: bool = False,
     ) -> None:
         if not paged:
             raise ValueError(
@@ -99,6 +101,7 @@ class FoldedCache(Cache):
         self.cr = cr
         self.preset = preset
         self.kv_heads = kv_heads
+        self.proportional = proportional
         text = config.get_text_config(decoder=True)
         self.num_kv_heads: int = (
             getattr(text, "num_key_value_heads", None) or text.num_attention_heads

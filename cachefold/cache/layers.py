@@ -25,11 +25,12 @@ from cachefold.cache.stream import (
     arrivals_that_close,
     clean,
     concatenate,
+    open_entries,
     shifted,
 )
 from cachefold.core.decisions import constrain
 from cachefold.core.merging import running_means, running_sizes
-from cachefold.core.tokens import Tokens, token_dim
+from cachefold.core.tokens import Tokens
 
 if TYPE_CHECKING:
     from cachefold.cache.limit import ByteLimit
@@ -223,14 +224,12 @@ class FoldedLayer(FoldedState):
         """What the new tokens see: by `counts` (B, K, N), entries closed when a token arrived."""
         num_tokens, num_new = tokens.valid.shape[1], new.valid.shape[1]
         first = num_tokens - num_new
-        opened = means.map(
-            lambda name, tensor: shifted(tensor, token_dim(name), first - self.delay, num_new)
-        )
+        opened = open_entries(means, first - self.delay, num_new)
         exact = tokens.narrow(max(first - max(self.delay - 1, 0), 0), num_tokens)
-        dtypes = new.key.dtype, new.value.dtype
+        of_key, of_value = new.key.dtype, new.value.dtype
         return Stream(
-            exact=replace(exact, key=exact.key.to(dtypes[0]), value=exact.value.to(dtypes[1])),
-            open=replace(opened, key=opened.key.to(dtypes[0]), value=opened.value.to(dtypes[1])),
+            exact=replace(exact, key=exact.key.to(of_key), value=exact.value.to(of_value)),
+            open=replace(opened, key=opened.key.to(of_key), value=opened.value.to(of_value)),
             visible=shifted(counts, 2, first - self.delay, num_new),
             pages=read[0],
             table=read[1],

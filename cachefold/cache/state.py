@@ -60,6 +60,8 @@ class FoldedState(CompressedLayer):
         self.ahead = 0  # steps that have their pages
         self.has_sizes = False  # closed entries have a bias: one more channel of their keys
         self.is_initialized = False
+        self.dims = (0, 0)  # D and Dv of tokens
+        self.itemsize = 0  # bytes of a number of an entry
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Takes shapes, dtype and device from the first keys and values."""
@@ -104,7 +106,10 @@ class FoldedState(CompressedLayer):
         return self.valid_seen[:, None].expand_as(self.lengths)
 
     def entry_nbytes(self) -> int:
-        """Bytes of the key and value of one entry of one head, 0 before the first token."""
+        """Bytes of the key and value of one token of one head, 0 before the first token.
+
+        A closed entry may have more: its bias.
+        """
         if self.closed is None:
             return 0
         return cache_bytes(1, *self.dims, self.itemsize)
@@ -117,7 +122,8 @@ class FoldedState(CompressedLayer):
         if self.ring is not None:
             total += int(self.ring.valid.sum()) * heads * self.entry_nbytes()
         if self.tail is not None:
-            sums = (self.tail.key, self.tail.value, self.tail.omega)
+            sums = [self.tail.key, self.tail.value, self.tail.omega]
+            sums += [] if self.tail.size is None else [self.tail.size]
             per_token = sum(t[0, 0, 0].numel() * t.element_size() for t in sums)
             total += int(self.tail.valid.sum()) * heads * per_token
         return total
@@ -144,10 +150,9 @@ class FoldedState(CompressedLayer):
         if got != held:
             refuse_other(held, got)
         if (new.size is not None) != self.has_sizes:
-            one, other = ("has", "hasn't") if self.has_sizes else ("hasn't", "has")
             raise ValueError(
-                f"this cache {one} entries weighed by their size and the model {other}: they come "
-                "from policies that differ in `proportional`; make a new cache for this model"
+                f"this cache was filled with proportional={self.has_sizes} and the model has "
+                f"proportional={not self.has_sizes}; make a new cache for this model"
             )
 
     def _beside_nbytes(self) -> int:

@@ -53,6 +53,7 @@ def _facts(cache: FoldedCache) -> dict[str, Any]:
         "folded_layers": cache.folded_layers,
         "num_kv_heads": cache.num_kv_heads,
         "kv_heads": cache.kv_heads,
+        "proportional": cache.proportional,
         "cr": cache.cr,
         "preset": cache.preset,
         "head_dim": cache.head_dim,
@@ -77,6 +78,7 @@ def _layer_tensors(layer: Any, index: int) -> dict[str, Tensor]:
 def load(cache: FoldedCache, path: str | Path, device: torch.device | str) -> None:
     """Reads `path` into `cache`, which is left as it was when the file doesn't fit."""
     facts, tensors = _read(Path(path), device)
+    facts.setdefault("proportional", False)  # not in files written before there was such a thing
     for name, expected in _facts(cache).items():
         if facts.get(name) != expected:
             raise ValueError(
@@ -130,6 +132,9 @@ def _check_shapes(cache: FoldedCache, parts: dict[str, Tensor], path: str | Path
                 f"{path} holds {heads} kv heads of {dim} channels, but the model has "
                 f"{wanted[0]} of {wanted[1]}; load it for the model it came from"
             )
+    sizes = [f"{run}.size" in parts for run in ("tail", "ring") if f"{run}.key" in parts]
+    if any(has != cache.proportional for has in sizes):
+        raise ValueError(f"{path} is damaged: sizes of entries are missing; save the cache again")
     if cache.codec is None:
         return
     for name, width in _widths(get_codec(cache.codec), parts).items():

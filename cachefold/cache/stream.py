@@ -89,6 +89,19 @@ def shifted(tensor: Tensor, dim: int, start: int, count: int) -> Tensor:
     return torch.cat([tensor.new_zeros(shape), part], dim)
 
 
+def open_entries(means: Tokens, start: int, count: int) -> Tokens:
+    """Running entries [start, start + count), not valid before the first.
+
+    >>> one = torch.ones(1, 1, 1)
+    >>> run = Tokens(one[..., None], one[..., None], one, one, one, one, one[0] > 0, 3 * one)
+    >>> open_entries(run, -1, 2).valid.tolist(), open_entries(run, -1, 2).size.tolist()
+    ([[False, True]], [[[1.0, 3.0]]])
+    """
+    part = means.map(lambda name, tensor: shifted(tensor, token_dim(name), start, count))
+    # A bias of log(0) would be hidden, but NaN in the gradient of what it is multiplied by.
+    return part if part.size is None else replace(part, size=part.size.clamp(min=1.0))
+
+
 class Finish(NamedTuple):
     """What is done to keys as their entries close; for inference."""
 

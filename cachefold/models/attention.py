@@ -66,7 +66,7 @@ class FoldedAttention:
         size_weight = self.decision.size_weight
         size = None if size_weight is None else torch.ones_like(omega)
         tokens = Tokens(damp(key), value, *position_embeddings, alpha, omega, valid, size)
-        if layer is not None and count == 1 and _can_step(layer, query, tokens):
+        if layer is not None and count == 1 and _can_step(layer, query, tokens, size_weight):
             padded, wanted = attention_mask is not None, past_key_values.backend
             tokens = without_padding(tokens) if padded else tokens
             run_step = functools.partial(self._step, query, tokens, damp, wanted)
@@ -182,10 +182,11 @@ class Damping:
         return x if self.factors is None else x * self.factors
 
 
-def _can_step(layer: FoldedLayer, query: Tensor, new: Tokens) -> bool:
+def _can_step(layer: FoldedLayer, query: Tensor, new: Tokens, size_weight: Tensor | None) -> bool:
     """Whether a token goes into the cache in place; tells what forbids it."""
     if layer.can_step:
-        inputs = (query, new.key, new.value, new.omega)
+        inputs = [query, new.key, new.value, new.omega]
+        inputs += [] if size_weight is None else [size_weight]
         return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs))
     if layer.window not in (None, 1):
         tell(logging.INFO, "no steps in place: a window needs the tokens of the open entry")

@@ -117,6 +117,7 @@ def new_cache(
         model.config, folded_layers=layers, delay=policy.delay, window=policy.window,
         page_size=page_size, max_bytes=max_bytes, backend=backend, codec=codec, cr=cr,
         preset=preset, kv_heads=policy.kv_heads,
+        proportional=getattr(policy, "proportional", False),
     )  # fmt: skip
 
 

@@ -50,7 +50,7 @@ class DMC:
     """Largest ratio of a dial, one model for every ratio from 1 to it; None = `cr` alone."""
     proportional: bool = False
     """Proportional attention: the score of an entry rises by g * log(tokens merged), g learned for
-    each head. A number more for each entry, for less of what was said far back getting lost."""
+    each head. Costs one number an entry; keeps what was said far back from being drowned out."""
 
     def __post_init__(self) -> None:
         """Checks values."""
@@ -67,7 +67,7 @@ class DMC:
             raise ValueError("a dial (max_cr) needs decision linear; neuron has nothing to move")
         if self.proportional and self.decision == "neuron":
             raise ValueError(
-                "proportional needs decision linear, which learns the weights of sizes"
+                "proportional needs decision linear, which learns the weights of sizes; got neuron"
             )
         if self.proportional and self.window is not None:
             raise ValueError(

@@ -70,11 +70,11 @@ def load_blocks(data: DataConfig, tokenizer: Any) -> Tensor:
     Raises:
         ValueError: missing file, broken line, missing field, or not enough text.
     """
-    rows: Iterable[Row] = _rows(data)
-    if data.recall:
-        rows = list(rows)  # read once, used twice
-        rows = itertools.chain(rows, _recall_rows(rows, data))
     try:
+        rows: Iterable[Row] = _rows(data)
+        if data.recall:
+            rows = list(rows)  # read once, used twice
+            rows = itertools.chain(rows, _recall_rows(rows, data))
         return pack_rows(rows, tokenizer, data.seq_len, data.text_field)
     except TextError as error:
         raise ValueError(f"training data: {error}; {_ADVICE[error.about]}") from error

@@ -74,6 +74,10 @@ def start_from(model: PreTrainedModel, config: RetrofitConfig) -> None:
             f"init {config.init} has base {found[0]}, policy {found[1]} and LoRA rank {found[2]}; "
             f"the recipe asks for {wanted[0]}, {wanted[1]} and {wanted[2]}"
         )
+    if artefact["policy"].get("proportional") and not getattr(policy, "proportional", False):
+        raise ValueError(
+            f"init {config.init} was trained with policy.proportional=true; set it in the recipe"
+        )
     had_dial = artefact["policy"].get("max_cr") is not None
     fresh = [] if had_dial or policy.max_cr is None else [".decision.slope"]
     if getattr(policy, "proportional", False) and not artefact["policy"].get("proportional"):

@@ -6,11 +6,12 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from cachefold import DMC, fold
 from cachefold.benchmark import imposed
 from cachefold.benchmark.models import folded_logits, make_pair
 from cachefold.benchmark.synthetic import Shape
 from cachefold.models import families
-from cachefold.models.fold import is_folded, new_cache
+from cachefold.models.fold import is_folded, new_cache, unfold
 from tests.models.tiny import random_ids, tiny_model
 
 
@@ -63,8 +64,11 @@ def test_decisions_run_out_loudly(pair):
 
 
 @pytest.mark.parametrize("family", ["Llama", "Gemma2"])
-def test_filled_cache(family):
+@pytest.mark.parametrize("proportional", [False, True])
+def test_filled_cache(family, proportional):
     pair = make_pair(tiny_model(family), "float32")
+    if proportional:
+        fold(unfold(pair.folded), DMC(proportional=True))
     shape = Shape.of(pair.folded.config)
     cache, imposition = imposed.filled_cache(
         pair.folded, shape, 2, 200, 4.0, more=6, backend="reference"

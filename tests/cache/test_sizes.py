@@ -97,13 +97,15 @@ def test_the_sizes_move_with_the_state(operation):
 @pytest.mark.parametrize("codec", list_codecs())
 def test_packed_entries_keep_their_bias(codec):
     """Packed as one channel more of the key, so that it is off by less than a step of the codec."""
-    text, layer = make_text(3, 300, [0], 0.5), FoldedLayer(4, None, codec=get_codec(codec))
-    stream = feed(layer, text, [0, 300])
+    text, layer = make_text(3, 900, [0], 0.8), FoldedLayer(4, None, codec=get_codec(codec))
+    stream = feed(layer, text, [0, 900])
     key, _ = gather(stream.pages, 16, DIM + 1, stream.table)
     count = int(layer.lengths[0, 0])
-    want = [float(WEIGHT[0]) * math.log(n) for n in members(text, 0, 0, 299, 4)]
+    want = [float(WEIGHT[0]) * math.log(n) for n in members(text, 0, 0, 899, 4)]
     wrong = (key[0, 0, :count, DIM] - torch.tensor(want[:count]).double()).abs()
-    assert wrong.max() <= {"int2": 0.4, "mixed": 0.4}.get(codec, 0.1)
+    span = max(want[:count])
+    steps = {"int2": 3, "kvquant-2": 3, "mixed": 3, "kvquant-3": 7}.get(codec, 15)
+    assert count > 100 and wrong.max() <= 0.5 * span / steps * 1.05
 
 
 def test_a_bias_counts_as_bytes_of_an_entry_but_not_of_a_dense_one():
@@ -113,11 +115,12 @@ def test_a_bias_counts_as_bytes_of_an_entry_but_not_of_a_dense_one():
     feed(sized, text, [0, 60])
     assert plain.entry_nbytes() == sized.entry_nbytes() == 2 * DIM * 8
     assert sized.closed.entry_nbytes() == (2 * DIM + 1) * 8
-    assert sized.kept_nbytes() - plain.kept_nbytes() == 8 * int(sized.lengths.sum())
+    opened = int(sized.tail.valid.sum()) * HEADS
+    assert sized.kept_nbytes() - plain.kept_nbytes() == 8 * (int(sized.lengths.sum()) + opened)
 
 
 def test_a_cache_of_another_policy_is_refused():
     text, layer = make_text(0, 30, [0], 0.5), FoldedLayer(4)
     feed(layer, text, [0, 20])
-    with pytest.raises(ValueError, match="this cache has entries weighed .* model hasn't"):
+    with pytest.raises(ValueError, match="proportional=True and the model has .*False"):
         layer.extend(Tokens(*text.part(20, 30)))

@@ -213,3 +213,29 @@ def test_whatever_stands_at_padding_does_not_reach_later_steps(backend):
     real = mask.bool()
     assert logits[1][real].isfinite().all() and logits[1][0, 12].isnan().any()
     assert torch.equal(logits[0][real], logits[1][real])
+
+
+@pytest.mark.parametrize("delay", [0, 4])
+def test_weights_of_sizes_get_finite_gradients_with_a_cache(delay):
+    """Where no entry is open yet as well. Entries in pages carry none, so that they are others."""
+    model, ids = folded(delay=delay, proportional=True), random_ids(2, 30)
+    found = []
+    for use_cache in (True, False):
+        model.zero_grad()
+        model(ids, labels=ids, use_cache=use_cache).loss.backward()
+        layers = [layer.self_attn for layer in model.model.layers]
+        found.append([layer.decision.growth.grad.clone() for layer in layers])
+    for cached, whole in zip(*found, strict=True):
+        assert whole.abs().max() > 0
+        assert cached.isfinite().all()
+
+
+def test_a_file_of_another_policy_is_refused(tmp_path):
+    caches = []
+    for proportional in (True, False):
+        model, ids = folded(proportional=proportional), random_ids(2, 30)
+        caches.append(new_cache(model))
+        feed(model, ids, [0, 30], caches[-1])
+    caches[0].save(tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="saved with proportional=True"):
+        caches[1].load(tmp_path / "a.safetensors")

@@ -99,3 +99,10 @@ def test_a_share_takes_sentences(tmp_path: Path) -> None:
             DataConfig(files=[str(tmp_path / "a.txt")], seq_len=4, recall=0.5),
             make_tokenizer(),
         )
+
+
+def test_a_missing_file_is_told_as_without_recall(tmp_path: Path) -> None:
+    for share in (0.0, 0.5):
+        data = DataConfig(files=[str(tmp_path / "none.txt")], seq_len=4, recall=share)
+        with pytest.raises(ValueError, match="^training data: .*check data.files"):
+            load_blocks(data, make_tokenizer())
