@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cachefold.evaluation.report import replace
+from cachefold.policies import get_policy
 
 
 def claim(path: Path, facts: dict[str, Any], what: str) -> None:
@@ -50,13 +51,23 @@ def refuse_other(what: str, there: dict[str, Any], here: dict[str, Any]) -> None
     differing = [
         f"{name} {there.get(name)!r} there, {here.get(name)!r} now"
         for name in sorted({*there, *here})
-        if there.get(name) != here.get(name)
+        if _complete(name, there.get(name)) != _complete(name, here.get(name))
     ]
     if differing:
         raise ValueError(
             f"{what} of other settings ({'; '.join(differing)}): use the same ones, or another "
             "folder"
         )
+
+
+def _complete(name: str, value: Any) -> Any:
+    """A policy with the options it has gained since, at their defaults; all else as it is."""
+    if name != "policy" or not isinstance(value, dict):
+        return value
+    try:
+        return json.loads(json.dumps(get_policy(**value).to_dict()))
+    except ValueError:  # of a version that knew other ones
+        return value
 
 
 def kept(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -93,6 +93,8 @@ def _facts(config: dict[str, Any], recipe: dict[str, Any], log: list[dict[str, A
     train, data = recipe["train"], recipe["data"]
     trained = f"LoRA rank {config['lora_rank']}" if config["lora_rank"] else "all weights"
     source = ", ".join(data["files"]) or data["dataset"]
+    if data.get("recall"):  # not in recipes of older runs
+        source += f", and of all text {data['recall']:.0%} made of it, in which facts come again"
     facts = {
         "policy": ", ".join(f"{key}={value}" for key, value in config["policy"].items()),
         "ratio reached": f"{config['cr']:.2f}, on {recipe['data']['held_out']} sequences of the "

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from cachefold import DMC
 from cachefold.evaluation import store as module
-from cachefold.evaluation.store import claim, kept
+from cachefold.evaluation.store import claim, kept, refuse_other
 
 
 def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
@@ -20,6 +21,15 @@ def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
     text = str(caught.value)
     assert text.startswith(f"{tmp_path}/new has results of other settings (dtype 'float32' there")
     assert "limit None there, 3 now" in text and "another folder" in text and "files" not in text
+
+
+def test_results_of_a_policy_stay_when_it_gains_an_option() -> None:
+    now = {"policy": DMC(cr=4, delay=8).to_dict()}
+    before = {"policy": {"name": "dmc", "cr": 4, "delay": 8}}
+    refuse_other("x has results", before, now)
+    for other in ({"name": "dmc", "cr": 2, "delay": 8}, {"name": "gone"}, None):
+        with pytest.raises(ValueError, match="of other settings"):
+            refuse_other("x has results", {"policy": other}, now)
 
 
 def test_a_result_is_measured_once(tmp_path: Path) -> None:
