@@ -118,7 +118,7 @@ def _use(name: str, config: dict[str, Any]) -> str:
     return (
         "## Use\n\n```python\nimport cachefold\nfrom cachefold.zoo import load_base\n\n"
         f'model, tokenizer = load_base("{config["base"]["id"]}")\n'
-        f'cachefold.load_folded("artefacts/{name}", model{more})  # the folder of this card\n```'
+        f'cachefold.load_folded("artefacts/{name}", model{more})  # this folder\n```'
     )
 
 
