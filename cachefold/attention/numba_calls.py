@@ -71,11 +71,11 @@ def step(call: StepCall) -> Tensor:
     query = call.query.contiguous()
     factors = _ones(key_dim) if call.factors is None else call.factors.float().contiguous()
     new, ring, tail = _places(fresh), _places(call.ring.tensors()), _places(call.tail.tensors())
-    bias = torch.empty(batch, kv_heads if shape.biased else 0)
-    weight = bias
+    open_bias = size_weight = 0
     if call.size_weight is not None:
-        weight = call.size_weight.float().contiguous()
         assert all(run.size is not None for run in (call.new, call.ring, call.tail))
+        weight, bias = call.size_weight.float().contiguous(), torch.empty(batch, kv_heads)
+        size_weight, open_bias = weight.data_ptr(), bias.data_ptr()
     cos, rotary = fresh[2], fresh[2].shape[-1]
     stride = rotary * cos.element_size() if cos.shape[0] > 1 else 0
     shared = {
@@ -88,15 +88,15 @@ def step(call: StepCall) -> Tensor:
     scratch = torch.empty(batch, key_dim + shape.value_dim)
     fold = Fold(
         *new, *ring, *tail, **shared, turn=turn, lengths=lengths, scratch=scratch.data_ptr(),
-        size_weight=weight.data_ptr(), open_bias=bias.data_ptr(),
-        requests=batch, columns=call.table.shape[2], new_stride=stride, threads=threads,
+        size_weight=size_weight, open_bias=open_bias, requests=batch,
+        columns=call.table.shape[2], new_stride=stride, threads=threads,
     )  # fmt: skip
     launch(make_fold(shape, rotary, kv_heads, delay), packed(fold), threads)
     open_key, open_value, open_cos, open_sin, _, _, open_valid, _ = tail
     exact_key, exact_value, exact_cos, exact_sin, _, _, exact_valid, _ = ring if delay else new
     return _attend_one(
         call, rotary, query=query.data_ptr(), open_key=open_key, open_value=open_value,
-        open_valid=open_valid, open_bias=bias.data_ptr(),
+        open_valid=open_valid, open_bias=open_bias,
         exact_key=exact_key, exact_value=exact_value,
         exact_valid=exact_valid, visible=lengths, **shared, query_cos=new[2], query_sin=new[3],
         open_cos=open_cos, open_sin=open_sin, exact_cos=exact_cos, exact_sin=exact_sin,

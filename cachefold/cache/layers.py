@@ -280,11 +280,11 @@ class FoldedLayer(FoldedState):
     ) -> tuple[Tensor, Tensor]:
         """Stores the entries that end at a token t with `closed` (B, K, m) True."""
         assert self.closed is not None
-        batch, head, token = closed.nonzero(as_tuple=True)
-        if not len(token):
+        ends = closed.nonzero(as_tuple=True)
+        if not len(ends[0]):
             return self.closed.read()
-        keys = finish.keys(means, closed, self.dtype)
-        values, mass = (x[batch, head, token].detach() for x in (means.value, means.omega))
+        keys = finish.keys(means, ends, self.dtype)
+        values, mass = (x[ends].detach() for x in (means.value, means.omega))
         return self.closed.append(closed, keys, values, spare_nbytes, mass)
 
     def update(

@@ -110,15 +110,15 @@ class Finish(NamedTuple):
     size_weight: Tensor | None
     """(K,), adds `merging.size_bias` as one channel more; None = no such channel."""
 
-    def keys(self, means: Tokens, closed: Tensor, dtype: torch.dtype) -> Tensor:
+    def keys(self, means: Tokens, ends: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         """(n, D) or (n, D + 1) keys as they lie in pages, row by row.
 
         Args:
             means: running entries after each token.
-            closed: (B, K, m) bool, with n True: the last tokens of the entries that close.
+            ends: request, head and last token of the entries that close, (n,) int64 each.
             dtype: of the cache, in which the exact keys of the model are rotated too.
         """
-        batch, head, token = closed.nonzero(as_tuple=True)
+        batch, head, token = ends
         keys = means.key[batch, head, token].detach().to(dtype)
         cos, sin = (x[batch, token, None] for x in (means.cos, means.sin))
         keys = rotate(keys[:, None, None], cos, sin)[:, 0, 0]

@@ -69,7 +69,7 @@ class FoldedAttention:
         if layer is not None and count == 1 and _can_step(layer, query, tokens, size_weight):
             padded, wanted = attention_mask is not None, past_key_values.backend
             tokens = without_padding(tokens) if padded else tokens
-            run_step = functools.partial(self._step, query, tokens, damp, wanted)
+            run_step = functools.partial(self._step, query, tokens, damp, size_weight, wanted)
             return self._project_out(layer.step(tokens, run_step, padded)), None
         stream = None if layer is None else layer.extend(tokens, damp.factors, size_weight)
         # With nothing merged the folded form is plain attention: same kernel, same bits.
@@ -101,8 +101,9 @@ class FoldedAttention:
         return self.o_proj(out.reshape(batch, count, -1))
 
     def _step(
-        self, query: Tensor, new: Tokens, damp: Damping, wanted: str, layer: FoldedLayer
-    ) -> Tensor:
+        self, query: Tensor, new: Tokens, damp: Damping, size_weight: Tensor | None, wanted: str,
+        layer: FoldedLayer,
+    ) -> Tensor:  # fmt: skip
         """One token after a cache: folds and attends in one call, (B, H, 1, Dv)."""
         closed, ring, tail, turn = layer.closed, layer.ring, layer.tail, layer.turn
         assert (
@@ -111,12 +112,11 @@ class FoldedAttention:
             and tail is not None
             and turn is not None
         )
-        weight = self.decision.size_weight
         call = StepCall(
             query=damp(query), new=new, ring=ring, turn=turn, tail=tail, pages=closed.pool.data,
             page_size=layer.page_size, table=closed.table, lengths=closed.lengths,
             scaling=self.scaling, softcap=families.softcap(self), factors=damp.factors,
-            size_weight=None if weight is None else weight.detach(),
+            size_weight=None if size_weight is None else size_weight.detach(),
         )  # fmt: skip
         return choose(call, wanted).step(call)
 
