@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cachefold.cache.codecs import Codec
+from cachefold.cache.codecs import Biased, Codec
 from cachefold.cache.compressed import CompressedLayer, refuse_other, tensor_nbytes
 from cachefold.cache.entries import PagedEntries
 from cachefold.cache.packed import Shape
@@ -76,7 +76,8 @@ class FoldedState(CompressedLayer):
             self.closed = PagedEntries(batch, heads, pool)
         else:
             shape = Shape(batch, heads, self.page_size, *dims, dtype)
-            self.closed = PackedEntries(shape, self.codec, self.device)
+            codec = Biased(self.codec, dtype) if self.has_sizes else self.codec
+            self.closed = PackedEntries(shape, codec, self.device)
         self.valid_seen = torch.zeros(batch, dtype=torch.int64, device=self.device)
         self.is_initialized = True
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from cachefold.cache.codecs import PAGE, Codec, Vectors, get_codec
+from cachefold.cache.codecs import PAGE, Biased, Codec, Vectors, get_codec
 from cachefold.cache.compressed import CompressedLayer
 from cachefold.cache.packed import packed_count
 from cachefold.cache.state import has_sizes
@@ -148,7 +148,9 @@ def _check_shapes(cache: FoldedCache, parts: dict[str, Tensor], path: str | Path
 def _widths(codec: Codec, parts: dict[str, Tensor]) -> dict[str, int]:
     """Bytes of what the codec packs, by the names of tensors."""
     if "packed" in parts:
-        dims = parts["closed_key"].shape[-1], parts["closed_value"].shape[-1]
+        key = parts["closed_key"]
+        dims = key.shape[-1], parts["closed_value"].shape[-1]
+        codec = Biased(codec, key.dtype) if has_sizes(parts) else codec
         return {"packed": codec.page_nbytes(*dims)}
     if "packed_key" not in parts:
         return {}

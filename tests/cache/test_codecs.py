@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from cachefold.cache.codecs import (
     PAGE,
+    Biased,
     Vectors,
     bits_per_element,
     describe_codecs,
@@ -81,6 +82,19 @@ def test_one_entry_is_replaced_and_the_others_keep_their_numbers(name, dims, see
         assert torch.equal(old[:, others], new[:, others])
         # Within the range of the page, at the bits that this place has.
         assert (new[:, row] - wanted[:, row]).abs().max() < old.abs().max()
+
+
+@pytest.mark.parametrize("name", list_codecs())
+def test_a_bias_is_beside_the_page_and_exact(name):
+    codec = Biased(get_codec(name), torch.bfloat16)
+    key, value = draw("normal", 33, 0).bfloat16(), draw("normal", 8, 1).bfloat16()
+    packed = codec.encode(key, value, masses(2))
+    assert packed.shape[1] == codec.page_nbytes(33, 8) == codec.codec.page_nbytes(32, 8) + 2 * PAGE
+    plain = codec.codec.decode(codec.codec.encode(key[..., :32], value, masses(2)), 32, 8)
+    decoded = codec.decode(packed, 33, 8)
+    assert torch.equal(decoded[0], torch.cat([plain[0], key[..., 32:].float()], -1))
+    assert torch.equal(decoded[1], plain[1])
+    assert torch.equal(codec.encode(*decoded, like=packed), packed)
 
 
 @pytest.mark.parametrize("name", ["int2", "int4", "int8"])
@@ -233,7 +247,8 @@ def test_unknown_names_teach():
 
 
 @pytest.mark.parametrize(
-    "name", ["base", "grid", "mixed", "nonuniform", "packing", "plain", "uniform", "vectors"]
+    "name",
+    ["base", "biased", "grid", "mixed", "nonuniform", "packing", "plain", "uniform", "vectors"],
 )
 def test_examples_run(name):
     result = doctest.testmod(importlib.import_module(f"cachefold.cache.codecs.{name}"))

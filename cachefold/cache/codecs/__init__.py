@@ -8,6 +8,7 @@ from cachefold.cache.codecs.base import (
     get_codec,
     list_codecs,
 )
+from cachefold.cache.codecs.biased import Biased
 from cachefold.cache.codecs.mixed import Mixed
 from cachefold.cache.codecs.nonuniform import NonUniform
 from cachefold.cache.codecs.plain import Float
@@ -16,6 +17,7 @@ from cachefold.cache.codecs.vectors import Vectors
 
 __all__ = [
     "PAGE",
+    "Biased",
     "Codec",
     "Float",
     "Mixed",
