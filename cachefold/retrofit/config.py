@@ -115,7 +115,8 @@ class RetrofitConfig:
     output_dir: str
     """Folder for checkpoints, log and result."""
     init: str | None = None
-    """Folder of an artefact to start from, of the same base, kind of policy and LoRA rank."""
+    """Folder of an artefact to start from, of the same base, kind of policy (or `gqa` with the same
+    `kv_heads`) and LoRA rank."""
     policy: dict[str, Any] = field(default_factory=lambda: {"name": "dmc"})
     """Policy name and its options, such as `{name: dmc, cr: 2, delay: 16}`."""
     data: DataConfig = field(default_factory=DataConfig)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from cachefold.models.fold import fold
 from cachefold.models.hub import WEIGHTS, load_trainable_state, read_config
 from cachefold.models.lora import add_lora
+from cachefold.policies.gqa import GQA
 from cachefold.retrofit.config import RetrofitConfig
 from cachefold.zoo import load_base
 
@@ -59,7 +60,8 @@ def prepare(model: PreTrainedModel, config: RetrofitConfig) -> PreTrainedModel |
 def start_from(model: PreTrainedModel, config: RetrofitConfig) -> None:
     """Copies the weights of the artefact `config.init` into a prepared model.
 
-    A dial and proportional attention may be new: what they learn then starts at its default.
+    A dial and proportional attention may be new, and all that decides where only heads were pooled
+    before (`gqa`): what they learn then starts at its default.
 
     Raises:
         ValueError: no artefact there, or one of another base, policy or LoRA rank.
@@ -67,19 +69,32 @@ def start_from(model: PreTrainedModel, config: RetrofitConfig) -> None:
     assert config.init is not None
     artefact = read_config(config.init)
     policy = config.build_policy()
-    found = (artefact["base"].get("id"), artefact["policy"]["name"], artefact["lora_rank"])
-    wanted = (config.model, policy.name, config.train.lora_rank)
+    before = artefact["policy"]
+    pooled = before["name"] == GQA.name and before["kv_heads"] == policy.kv_heads
+    name = policy.name if pooled else before["name"]
+    found = (artefact["base"].get("id"), name, before.get("kv_heads"), artefact["lora_rank"])
+    wanted = (config.model, policy.name, policy.kv_heads, config.train.lora_rank)
     if found != wanted:
         raise ValueError(
-            f"init {config.init} has base {found[0]}, policy {found[1]} and LoRA rank {found[2]}; "
-            f"the recipe asks for {wanted[0]}, {wanted[1]} and {wanted[2]}"
+            f"init {config.init} has {_kind(*found)}; the recipe asks for {_kind(*wanted)}"
         )
-    if artefact["policy"].get("proportional") and not getattr(policy, "proportional", False):
+    if before.get("proportional") and not getattr(policy, "proportional", False):
         raise ValueError(
             f"init {config.init} was trained with policy.proportional=true; set it in the recipe"
         )
-    had_dial = artefact["policy"].get("max_cr") is not None
-    fresh = [] if had_dial or policy.max_cr is None else [".decision.slope"]
-    if getattr(policy, "proportional", False) and not artefact["policy"].get("proportional"):
-        fresh.append(".decision.growth")
+    fresh = [name for name, _ in model.named_parameters() if _is_new(name, before)]
     load_trainable_state(model, Path(config.init) / WEIGHTS, fresh=tuple(fresh))
+
+
+def _kind(base: str | None, policy: str, kv_heads: int | None, lora_rank: int) -> str:
+    return f"base {base}, policy {policy} with kv_heads {kv_heads} and LoRA rank {lora_rank}"
+
+
+def _is_new(name: str, before: dict[str, Any]) -> bool:
+    """Whether a retrofit with that policy had no such parameter."""
+    if before["name"] == GQA.name:
+        return ".decision." in name
+    had_dial, had_sizes = before.get("max_cr") is not None, bool(before.get("proportional"))
+    return (name.endswith(".decision.slope") and not had_dial) or (
+        name.endswith(".decision.growth") and not had_sizes
+    )

@@ -45,6 +45,38 @@ def test_a_run_starts_from_the_weights_of_an_artefact(workspace: Path, fixed: Pa
     assert all(found[name].gt(0).all() for name in found if name.endswith("decision.slope"))
 
 
+@pytest.fixture(scope="module")
+def pooled(workspace: Path) -> Path:
+    """An artefact of one kv head for two."""
+    values = recipe(workspace, "pooled", 10) | {"policy": {"name": "gqa", "kv_heads": 1}}
+    return Path(run_retrofit(from_dict(values))["folder"])
+
+
+def test_merging_starts_from_heads_that_were_pooled(workspace: Path, pooled: Path) -> None:
+    values = dial_recipe(workspace, "unused", pooled)
+    values["policy"] |= {"kv_heads": 1, "proportional": True}
+    model, _ = load_model(from_dict(values))
+    prepare(model, from_dict(values))
+    found, decisions = dict(model.named_parameters()), 0
+    kept = load_folded(pooled, load_base(str(workspace / "model"), torch.float32)[0])
+    kept = dict(kept.named_parameters())
+    for name, parameter in found.items():
+        decisions += name not in kept
+        assert ".decision." in name if name not in kept else torch.equal(parameter, kept[name])
+    assert decisions == 2 * 4  # weight, bias, slope and growth of each layer
+    assert len(kept) + decisions == len(found)
+
+
+@pytest.mark.parametrize("kv_heads", [None, 2])
+def test_other_heads_than_were_pooled_are_refused(
+    workspace: Path, pooled: Path, kv_heads: int | None
+) -> None:
+    values = dial_recipe(workspace, "refused", pooled)
+    values["policy"]["kv_heads"] = kv_heads
+    with pytest.raises(ValueError, match="policy gqa with kv_heads 1 .* asks for .* policy dmc"):
+        run_retrofit(from_dict(values))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

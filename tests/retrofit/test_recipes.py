@@ -24,8 +24,12 @@ CHANGES = yaml.safe_load((RECIPES / "ablations" / "changes.yaml").read_text())
 def test_recipes_load(path: Path) -> None:
     config = load_recipe(path)
     assert config.output_dir == f"runs/{path.stem}"
-    for file in [*config.data.files, config.init]:
-        assert file is None or (RECIPES.parent / file).exists(), file
+    for file in config.data.files:
+        assert (RECIPES.parent / file).exists(), file
+    if config.init is not None and config.init.startswith("runs/"):  # what another recipe makes
+        assert load_recipe(RECIPES / f"{config.init.split('/')[1]}.yaml").model == config.model
+    else:
+        assert config.init is None or (RECIPES.parent / config.init / "cachefold.json").exists()
 
 
 def test_a_second_architecture_has_the_recipe_of_the_first() -> None:
