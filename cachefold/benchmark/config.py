@@ -64,6 +64,8 @@ class BenchConfig:
     """Tokens that one timed visit of `generate` decodes."""
     threads: int | None = None
     """CPU threads; None = as torch has it."""
+    proportional: bool = False
+    """Entries are weighed by the tokens they hold, as with `policy.proportional`."""
     seed: int = 0
     """Of entries, decisions and token ids."""
 

@@ -49,19 +49,20 @@ def load_pairs(config: BenchConfig) -> list[Pair]:
     pairs = []
     for dtype in config.dtype:
         base, _ = load_base(config.model, getattr(torch, dtype))
-        pair = make_pair(base.to(device()), dtype)  # type: ignore[arg-type]  # transformers' stub
+        pair = make_pair(base.to(device()), dtype, proportional=config.proportional)  # type: ignore[arg-type]  # transformers' stub
         check_pair(pair, config.backend, config.seed)
         pairs.append(pair)
     return pairs
 
 
-def make_pair(model: Any, dtype: str) -> Pair:
+def make_pair(model: Any, dtype: str, *, proportional: bool = False) -> Pair:
     """Folds a model in place and keeps a dense twin."""
     dense = imposed.dense_twin(model)
-    policy = DMC()
+    policy = DMC(proportional=proportional)
     # As users load an artefact to serve it. The dense twin goes on reading its three weights.
     folded = merge_weights(fold(model, policy))
-    return Pair(dtype, folded, dense, Shape.of(model.config, policy.delay))
+    shape = Shape.of(model.config, policy.delay, proportional=proportional)
+    return Pair(dtype, folded, dense, shape)
 
 
 def check_pair(pair: Pair, backend: str, seed: int) -> None:

@@ -119,6 +119,8 @@ def _written(call: StepCall, exact: StepCall, row: int) -> dict[str, tuple[Tenso
         "entry values": (ours[1][0][exists], theirs[1][0][exists]),
         tail + "weight": (call.tail.omega[row], exact.tail.omega[0]),
     }
+    if call.tail.size is not None and exact.tail.size is not None:
+        found[tail + "size"] = call.tail.size[row], exact.tail.size[0]
     for name in ("key", "value"):
         found[tail + name] = getattr(call.tail, name)[row], getattr(exact.tail, name)[0]
         found["ring " + name] = getattr(call.ring, name)[row], getattr(exact.ring, name)[0]

@@ -118,9 +118,10 @@ class Run:
     def _attention(self) -> Iterator[Row]:
         config = self.config
         if config.model == DEFAULT_MODEL:
-            shape = Shape()  # known without loading anything
+            shape = Shape(proportional=config.proportional)  # known without loading anything
         else:
-            shape = Shape.of(load_base(config.model)[0].config)
+            base = load_base(config.model)[0].config
+            shape = Shape.of(base, proportional=config.proportional)
         return attention.measure(config, shape, self.reader, self.bandwidth)
 
     def _generate(self) -> Iterator[Row]:

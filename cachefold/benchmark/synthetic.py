@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cachefold.attention.call import PagedCall, StepCall
+from cachefold.attention.call import PagedCall, StepCall, entries_have_bias, open_bias
 from cachefold.core.rotary import rotate
 from cachefold.core.tokens import Tokens
 
@@ -38,9 +38,11 @@ class Shape:
     delay: int = 16
     page_size: int = 16
     rope_theta: float = 100_000.0
+    proportional: bool = False
+    """Entries have a bias, one more channel of their keys."""
 
     @classmethod
-    def of(cls, config: Any, delay: int = 16) -> Shape:
+    def of(cls, config: Any, delay: int = 16, *, proportional: bool = False) -> Shape:
         """The shape of a model, from its transformers config."""
         text = config.get_text_config(decoder=True)
         heads = text.num_attention_heads
@@ -50,6 +52,7 @@ class Shape:
             kv_heads=getattr(text, "num_key_value_heads", None) or heads,
             head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
             delay=delay,
+            proportional=proportional,
         )
 
 
@@ -170,6 +173,7 @@ def step_call(
             (torch.rand(heads, generator=generator) < 1 - 1 / cr).float().to(device),
             (torch.rand(heads, generator=generator) + 0.1).to(device),
             torch.ones(batch, num_tokens, dtype=torch.bool, device=device),
+            torch.ones(heads, device=device) if shape.proportional else None,
         )  # fmt: skip
 
     ring = run(tokens - shape.delay, shape.delay)
@@ -178,8 +182,10 @@ def step_call(
     return StepCall(
         query=draw(batch, shape.heads, 1, shape.head_dim), new=new, ring=ring,
         turn=torch.zeros((), dtype=torch.int64, device=device), tail=tail,
-        pages=draw(count, shape.page_size * 2 * shape.head_dim), page_size=shape.page_size,
-        table=table.to(device), lengths=lengths.to(device), scaling=shape.head_dim**-0.5,
+        pages=draw(count, shape.page_size * (2 * shape.head_dim + shape.proportional)),
+        page_size=shape.page_size, table=table.to(device), lengths=lengths.to(device),
+        scaling=shape.head_dim**-0.5,
+        size_weight=torch.ones(shape.kv_heads, device=device) if shape.proportional else None,
     )  # fmt: skip
 
 
@@ -218,8 +224,9 @@ def paged_call(call: StepCall) -> PagedCall:
         query=rotate(call.query, call.new.cos, call.new.sin), pages=call.pages,
         page_size=call.page_size, table=call.table, visible=call.lengths[..., None].clone(),
         open_key=rotate(tail.key.to(dtype), tail.cos, tail.sin), open_value=tail.value.to(dtype),
-        open_valid=tail.valid.clone(), exact_key=rotate(ring.key, ring.cos, ring.sin),
-        exact_value=ring.value.clone(), exact_valid=ring.valid.clone(),
+        open_bias=open_bias(call), open_valid=tail.valid.clone(),
+        exact_key=rotate(ring.key, ring.cos, ring.sin), exact_value=ring.value.clone(),
+        exact_valid=ring.valid.clone(),
         delay=ring.valid.shape[1], scaling=call.scaling, softcap=call.softcap,
     )  # fmt: skip
 
@@ -255,6 +262,7 @@ def chunk_call(call: StepCall, queries: int, seed: int) -> PagedCall:
         query=draw(heads, queries), pages=call.pages, page_size=call.page_size, table=call.table,
         visible=(call.lengths[..., None] - missing).clamp(min=0),
         open_key=draw(kv_heads, queries), open_value=draw(kv_heads, queries),
+        open_bias=draw(kv_heads, queries)[..., 0].float() if entries_have_bias(call) else None,
         open_valid=open_valid, exact_key=draw(kv_heads, exact), exact_value=draw(kv_heads, exact),
         exact_valid=torch.ones(batch, exact, dtype=torch.bool, device=call.query.device),
         delay=delay, scaling=call.scaling, softcap=call.softcap,

@@ -47,6 +47,9 @@ def run(
     repeats: Annotated[int | None, typer.Option(help="Timed rounds.")] = None,
     steps: Annotated[int, typer.Option(help="Tokens per round of --generate.")] = 8,
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    proportional: Annotated[
+        bool, typer.Option("--proportional", help="Entries weigh what they hold: one channel more.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of entries, decisions and token ids.")] = 0,
     json: Annotated[Path | None, typer.Option(help="File for rows, environment, command.")] = None,
     csv: Annotated[Path | None, typer.Option(help="File for the rows.")] = None,
@@ -58,7 +61,8 @@ def run(
     config = BenchConfig(
         model=model, parts=parts, backend=backend, dtype=tuple(dtype.split(",")),
         batch=numbers("--batch", batch, int), context=numbers("--context", context, int),
-        cr=numbers("--cr", cr, float), repeats=repeats, steps=steps, threads=threads, seed=seed,
+        cr=numbers("--cr", cr, float), repeats=repeats, steps=steps, threads=threads,
+        proportional=proportional, seed=seed,
     )  # fmt: skip
     _run(config, json, csv, plot)
 
@@ -100,17 +104,8 @@ def command_of(config: BenchConfig) -> str:
     default = BenchConfig(parts=config.parts)
     words = [] if config.model == default.model else [config.model]
     words += ["--all"] if config.parts == PARTS else [f"--{part}" for part in config.parts]
-    for name in (
-        "batch",
-        "context",
-        "cr",
-        "backend",
-        "dtype",
-        "repeats",
-        "steps",
-        "threads",
-        "seed",
-    ):
+    words += ["--proportional"] if config.proportional else []
+    for name in OPTIONS:
         value = getattr(config, name)
         if value != getattr(default, name):
             listed = value if isinstance(value, tuple) else (value,)

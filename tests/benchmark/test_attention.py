@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -33,6 +35,15 @@ def test_rows(reader):
         assert row["roofline_ms"] == pytest.approx(row["bytes"] / 10e9 * 1e3)
         assert row["bandwidth_fraction"] == pytest.approx(row["roofline_ms"] / row["ms"])
     assert rows[0]["dense_ms"] == rows[1]["dense_ms"] and rows[0]["bytes"] > rows[1]["bytes"]
+
+
+def test_entries_with_a_bias_are_one_channel_wider(reader):
+    sizes = []
+    for proportional in (False, True):
+        shape = replace(SMALL, proportional=proportional)
+        row = next(iter(attention.measure(CONFIG, shape, reader, BANDWIDTH)))
+        sizes.append(row["bytes"])
+    assert 1 < sizes[1] / sizes[0] <= (2 * 16 + 1) / (2 * 16)
 
 
 def test_cr_1_is_its_own_dense_row(reader):

@@ -14,6 +14,7 @@ from cachefold.benchmark.synthetic import Case, Shape
 from cachefold.core.pages import key_view
 
 SMALL = Shape(layers=2, heads=4, kv_heads=2, head_dim=16)
+SIZED = replace(SMALL, proportional=True)
 ASKED = Case(2, 700, 2.0)
 CPU = torch.device("cpu")
 
@@ -50,6 +51,8 @@ class Wrong:
             call.turn.zero_()
         if self.mistake == "weight":
             call.tail.omega.mul_(1.1)
+        if self.mistake == "size":
+            call.tail.size.add_(1.0)
         if self.mistake == "ring":
             call.ring.value.copy_(call.ring.value.roll(1, 2))
         if self.mistake == "closed key":
@@ -62,9 +65,10 @@ class Wrong:
         return out
 
 
+@pytest.mark.parametrize("shape", [SMALL, SIZED], ids=["plain", "proportional"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_reference_passes(dtype):
-    assert check_backend(SMALL, "reference", dtype, CPU, ASKED) == ("reference",) * 2
+def test_reference_passes(dtype, shape):
+    assert check_backend(shape, "reference", dtype, CPU, ASKED) == ("reference",) * 2
 
 
 @pytest.mark.parametrize(
@@ -87,6 +91,19 @@ def test_mistakes_are_found(monkeypatch, mistake, place):
     monkeypatch.setattr(parity, "choose", lambda call, wanted: Wrong(mistake))
     with pytest.raises(ParityError, match=f"backend wrong, .*{place}"):
         check_backend(SMALL, "wrong", torch.bfloat16, CPU, ASKED)
+
+
+@pytest.mark.parametrize("mistake", ["size", "bias of the open entry"])
+def test_mistakes_with_sizes_are_found(monkeypatch, mistake):
+    class Unbiased(Wrong):
+        def attend(self, call):
+            if mistake != "size":
+                call = replace(call, open_bias=torch.zeros_like(call.open_bias))
+            return super().attend(call)
+
+    monkeypatch.setattr(parity, "choose", lambda call, wanted: Unbiased(mistake))
+    with pytest.raises(ParityError, match="open entry, size" if mistake == "size" else "prefill"):
+        check_backend(SIZED, "wrong", torch.float32, CPU, ASKED)
 
 
 def test_only_the_asked_case_is_wrong(monkeypatch):
