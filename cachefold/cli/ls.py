@@ -11,18 +11,18 @@ import typer
 
 from cachefold.core.names import closest
 
-KINDS = ("models", "policies", "codecs", "backends", "artefacts", "recipes")
+KINDS = ("models", "policies", "codecs", "tasks", "backends", "artefacts", "recipes")
 
 
 def run(
     what: Annotated[str, typer.Argument(metavar="|".join(KINDS), help="What to list.")],
 ) -> None:
-    """List models, policies, codecs, attention backends, artefacts or recipes."""
+    """List models, policies, codecs, tasks, attention backends, artefacts or recipes."""
     if what not in KINDS:
         raise ValueError(f"can't list {what!r}.{closest(what, KINDS)} Kinds: {', '.join(KINDS)}.")
     rows = {
-        "models": _models, "policies": _policies, "codecs": _codecs, "backends": _backends,
-        "artefacts": _artefacts, "recipes": _recipes,
+        "models": _models, "policies": _policies, "codecs": _codecs, "tasks": _tasks,
+        "backends": _backends, "artefacts": _artefacts, "recipes": _recipes,
     }[what]()  # fmt: skip
     lines = list(rows)
     if not lines:
@@ -56,6 +56,16 @@ def _codecs() -> Iterable[tuple[str, str]]:
     from cachefold.cache.codecs import describe_codecs
 
     yield from describe_codecs().items()
+
+
+def _tasks() -> Iterable[tuple[str, str]]:
+    from cachefold.evaluation.task import get_task, list_tasks
+
+    for name in list_tasks():
+        task = get_task(name)
+        about = (type(task).__doc__ or "").strip().splitlines()[0]
+        sized = f" Lengths: {name}@4096 and so on." if hasattr(task, "at") else ""
+        yield name, f"{task.metric}; {about}{sized}"
 
 
 def _backends() -> Iterable[tuple[str, str]]:

@@ -121,6 +121,7 @@ def test_demo_writes_a_summary(cli: Run, folder: Path, tmp_path: Path) -> None:
 def test_ls(cli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "smollm2-135m" in cli("ls", "models").stdout
     assert "dmc" in cli("ls", "policies").stdout
+    assert "passkey@4096" in cli("ls", "tasks").stdout
     backends = cli("ls", "backends").stdout.splitlines()
     assert [line.split()[0] for line in backends] == ["numba", "triton", "torch", "reference"]
     assert backends[-1] == "reference  yes"
