@@ -158,7 +158,11 @@ class Comparison:
         except TasksFailed as error:
             raise error.errors[name] from error
         self.parts[method.name]["tasks"][name] = found = results[name]
-        self.progress(f"{method.name}: {name} {found['metric']} {found['value']:.3f}")
+        error = "" if found["error"] is None else f" ({found['error']:.3f})"
+        self.progress(
+            f"{method.name}: {name} {found['metric']} {found['value']:.3f}{error}, cr "
+            f"{found['cr']:.2f} on its texts, cache {found['bytes_ratio']:.0%} of dense"
+        )
 
     @contextmanager
     def _noted(self, method: Method, part: str) -> Iterator[None]:

@@ -13,8 +13,9 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
+from cachefold.core.dial import DEFAULT_PRESET, Dial
 from cachefold.models.fold import folded, unfold
-from cachefold.models.hub import WEIGHTS, load_folded
+from cachefold.models.hub import WEIGHTS, load_folded, read_config
 from cachefold.policies import get_policy, policy_class
 from cachefold.policies.base import Policy
 from cachefold.policies.budget import BudgetPolicy
@@ -50,7 +51,14 @@ class Method:
         weights = None if self.artefact is None else digest(self.artefact / WEIGHTS)
         found: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         found["artefact"] = None if self.artefact is None else str(self.artefact)
-        return found | {"weights": weights}
+        return found | {"weights": weights, "position": self._position()}
+
+    def _position(self) -> float | None:
+        """Of the dial at its ratio, which `cachefold calibrate` may change."""
+        if self.artefact is None or self.cr is None or not self.dial:
+            return None
+        tables = read_config(self.artefact).get("dial", {})
+        return Dial(tables, DEFAULT_PRESET).position(self.cr)
 
 
 def digest(path: Path) -> str:

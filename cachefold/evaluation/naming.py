@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cachefold.cache.codecs import get_codec
 from cachefold.core.names import closest
+from cachefold.evaluation.finding import artefacts, find_artefact, name_of, same_base
 from cachefold.evaluation.methods import (
     DENSE,
     KEEP_ALL,
@@ -23,7 +23,6 @@ from cachefold.models.hub import CONFIG, read_config
 from cachefold.policies import list_policies
 
 NO_CODEC = "none"
-POOLED = "gqa"  # the policy that does nothing but pool kv heads
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,7 +140,7 @@ def _named(name: str, codec: str | None, naming: Naming) -> list[Method]:
     if marked and policy in known and has_ratio(policy):
         return _named(policy, codec, replace(naming, crs=(check_ratio(ratio),)))
     if name not in known:
-        there = [str(place) for folder in naming.folders for place, _ in _artefacts(folder)]
+        there = [str(place) for folder in naming.folders for place, _ in artefacts(folder)]
         raise ValueError(
             f"unknown method {name!r}.{closest(name, [*known, *there])} Methods: "
             f"{', '.join(known)}, or the folder of an artefact (`cachefold ls artefacts`); "
@@ -153,7 +152,7 @@ def _named(name: str, codec: str | None, naming: Naming) -> list[Method]:
 
 
 def _of_policy(name: str, cr: float | None, codec: str | None, naming: Naming) -> Method:
-    folder = find_artefact(name, cr, naming) if is_learned(name) else None
+    folder = find_artefact(name, cr, naming.base, naming.folders) if is_learned(name) else None
     return Method(
         name=(name if cr is None else f"{name}-cr{cr:g}") + _plus(codec), policy=name, cr=cr,
         codec=codec, artefact=folder, dial=folder is not None and _range(folder) is not None,
@@ -174,13 +173,12 @@ def _of_folder(folder: Path, codec: str | None, naming: Naming) -> list[Method]:
     """The method of an artefact, or of its dial at every ratio."""
     config = read_config(folder)
     base = str(config["base"].get("id"))
-    if not _same_base(base, naming.base):
+    if not same_base(base, naming.base):
         raise ValueError(
             f"{folder} belongs to the base model {base}, not to {naming.base}: only methods of "
             "one base can be compared"
         )
-    name = folder.resolve().name
-    name = folder.resolve().parent.name if name == "final" else name
+    name = name_of(folder.resolve())
     policy, most = config["policy"], _range(folder)
     one = Method(
         name=name + _plus(codec), policy=policy["name"], cr=policy.get("cr"), codec=codec,
@@ -192,74 +190,3 @@ def _of_folder(folder: Path, codec: str | None, naming: Naming) -> list[Method]:
     if beyond:
         raise ValueError(f"the dial of {folder} serves cr from 1 to {most:g}; got {beyond[0]:g}")
     return [replace(one, name=f"{name}-cr{cr:g}{_plus(codec)}", cr=cr) for cr in naming.crs]
-
-
-def _same_base(one: str, other: str) -> bool:
-    folders = Path(one).is_dir() and Path(other).is_dir()
-    return one == other or (folders and Path(one).resolve() == Path(other).resolve())
-
-
-def find_artefact(policy: str, cr: float | None, naming: Naming) -> Path:
-    """The artefact of a policy at a ratio (None = it has none), for the base that is compared.
-
-    One made for the ratio comes before a dial that covers it. One that pools kv heads besides is
-    another method, which only its folder names.
-
-    Raises:
-        ValueError: none, with the command that makes it; or several.
-    """
-    ratios: set[float] = set()
-    for folder in naming.folders:
-        found, dials = [], []
-        for place, config in _artefacts(folder):
-            made = config["policy"]
-            if made["name"] != policy or not _same_base(config["base"]["id"], naming.base):
-                continue
-            if made.get("kv_heads") and policy != POOLED:
-                continue
-            ratio, most = made.get("cr"), made.get("max_cr")
-            ratios |= set() if ratio is None else {most or ratio}
-            if most is not None and cr is not None:
-                dials += [place] if cr <= most else []
-            elif ratio == cr:
-                found.append(place)
-        found = found or dials
-        if len(found) > 1:
-            raise ValueError(
-                f"several artefacts are {policy}{_at(cr)}: {', '.join(map(str, found))}; name the "
-                "folder that is meant"
-            )
-        if found:
-            return found[0]
-    there = f" (there: cr {', '.join(f'{r:g}' for r in sorted(ratios))})" if ratios else ""
-    raise ValueError(
-        f"{policy} is learned, and {' and '.join(map(str, naming.folders))} have no artefact of it"
-        f"{_at(cr)} for {naming.base}{there}. Make one: {_command(policy, cr, naming)}"
-    )
-
-
-def _at(cr: float | None) -> str:
-    return "" if cr is None else f" at cr {cr:g}"
-
-
-def _artefacts(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Folders of artefacts with their configs; broken ones are for `cachefold ls artefacts`."""
-    for path in sorted([*folder.glob(f"*/{CONFIG}"), *folder.glob(f"*/final/{CONFIG}")]):
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-            if config["policy"]["name"] and config["base"]["id"]:
-                yield path.parent, config
-        except (ValueError, KeyError, TypeError):
-            continue
-
-
-def _command(policy: str, cr: float | None, naming: Naming) -> str:
-    """The retrofit that gives what is missing."""
-    recipes = sorted(Path("recipes").glob("*.yaml"), key=lambda p: f"-{policy}" not in p.stem)
-    name = f"{Path(naming.base).name}-{policy}"
-    changes = [f"model={naming.base}", f"policy.name={policy}"]
-    if cr is not None:
-        name += f"-cr{cr:g}"
-        changes.append(f"policy.cr={cr:g}")
-    recipe = str(recipes[0]) if recipes else "RECIPE.yaml"
-    return f"`cachefold retrofit {recipe} {' '.join(changes)} output_dir=runs/{name}`"

@@ -104,6 +104,8 @@ def _legend(report: dict[str, Any]) -> str:
     ]
     metrics = {task: row["tasks"][task] for row in report["rows"] for task in row.get("tasks", {})}
     lines += [f"{task}: {one['metric']}, {one['count']} rows." for task, one in metrics.items()]
+    if metrics:
+        lines.append("at: tokens seen / entries kept on the texts of the task.")
     return " ".join(lines)
 
 
@@ -123,7 +125,8 @@ def _table(rows: Sequence[Row], context: int) -> str:
         ]  # fmt: skip
         for task in tasks:
             one = row.get("tasks", {}).get(task, {})
-            cells.append(_with_error(one.get("value"), one.get("error"), "{:.3f}", "{:.3f}"))
+            score = _with_error(one.get("value"), one.get("error"), "{:.3f}", "{:.3f}")
+            cells.append(score + (f" at {one['cr']:.2f}" if one.get("cr", 1.0) != 1.0 else ""))
         lines.append(cells)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

@@ -18,6 +18,10 @@ from cachefold.evaluation.task import Estimate, Task
 
 logger = logging.getLogger(__name__)
 
+HARDLY_PACKED = 0.95
+"""Bytes of a kept entry in those of a dense one, from which on a codec is said to have done
+nothing."""
+
 
 class TasksFailed(RuntimeError):
     """Some tasks broke; the others are finished.
@@ -126,7 +130,7 @@ def _facts(task: Task, subject: Subject) -> dict[str, Any]:
 
 
 def _check_seen(subject: Subject, name: str, footprint: Footprint) -> None:
-    """Tells when a policy that compresses left every entry: the score is that of a dense cache."""
+    """Tells when nothing was compressed: the score is then that of a dense cache."""
     policy = subject.settings()["policy"]
     asked = policy is not None and (policy.get("budget") or (policy.get("cr") or 1) > 1)
     if asked and footprint.cr == 1:
@@ -134,6 +138,13 @@ def _check_seen(subject: Subject, name: str, footprint: Footprint) -> None:
             "%s: policy %r kept every entry of these texts, so its score says nothing about "
             "compression: the texts are too short for it, or it isn't trained",
             name, policy["name"],
+        )  # fmt: skip
+    # Bytes of an entry that is kept, in those of a dense one.
+    if subject.packs_pages and footprint.bytes_ratio * footprint.cr > HARDLY_PACKED:
+        logger.warning(
+            "%s: codec %r packed next to nothing of these texts, so its score says nothing about "
+            "it: the first entries and the newest stay exact, and these texts are hardly longer",
+            name, subject.codec,
         )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from cachefold.evaluation.footprint import Footprint
 from cachefold.evaluation.greedy import decode_greedily, end_tokens
 from cachefold.evaluation.reading import Reading
 from cachefold.evaluation.scoring import Losses, Text, read_losses
+from cachefold.models.dial import dial_position, has_dial
 from cachefold.models.fold import is_folded, new_cache
 
 logger = logging.getLogger(__name__)
@@ -82,7 +83,8 @@ class Subject:
         self.tokenizer = tokenizer
         cache = new_cache(model, codec=codec) if is_folded(model) else None
         self.codec: str | None = None if cache is None else cache.codec
-        self._packs_pages = cache is not None and cache.codec is not None and cache.evictor is None
+        self.packs_pages = cache is not None and cache.codec is not None and cache.evictor is None
+        """Whether entries are packed 32 together; until then they are exact."""
         self.max_length = max_length or int(getattr(config, "max_position_embeddings", 2048))
         self._batcher = Batcher(batch_size, model.device)
         self._footprint = Footprint()
@@ -95,12 +97,15 @@ class Subject:
 
     def settings(self) -> dict[str, Any]:
         """What its results depend on, for JSON: model, weights, policy, codec and lengths."""
-        config = self.model.config
+        model: Any = self.model
+        config, folds = model.config, is_folded(model)
+        turned = folds and has_dial(model._cachefold_policy)
         return {
             "model": type(self.model).__name__.removeprefix("Folded"),
             "weights": _digest(self.model),
             "dtype": str(self.model.dtype).removeprefix("torch."),
-            "policy": getattr(config, "cachefold", None) if is_folded(self.model) else None,
+            "policy": getattr(config, "cachefold", None) if folds else None,
+            "position": dial_position(self.model) if turned else None,
             "codec": self.codec,
             "max_length": self.max_length,
         }
@@ -222,7 +227,7 @@ class Subject:
 
     @property
     def _chunk(self) -> int:
-        return CODEC_CHUNK if self._packs_pages else CHUNK
+        return CODEC_CHUNK if self.packs_pages else CHUNK
 
     @property
     def _spread(self) -> int:
@@ -230,7 +235,7 @@ class Subject:
 
         No first piece is then all padding, and no page of a codec is packed later than alone.
         """
-        return 1 if self._packs_pages else CHUNK
+        return 1 if self.packs_pages else CHUNK
 
     def _reading(self) -> Reading:
         return Reading(self.model, self._new_cache())

@@ -55,9 +55,22 @@ def with_position(model: Any, run: FoldRun, cache: FoldedCache | None) -> FoldRu
         run: without a position.
         cache: of this forward pass, if there is one.
     """
-    cr = model._cachefold_policy.cr if cache is None or cache.cr is None else cache.cr
-    preset = None if cache is None else cache.preset
-    return replace(run, position=model._cachefold_dial.position(cr, preset))
+    cr, preset = (None, None) if cache is None else (cache.cr, cache.preset)
+    return replace(run, position=dial_position(model, cr, preset))
+
+
+def dial_position(model: Any, cr: float | None = None, preset: str | None = None) -> float:
+    """What is added to the decisions of a folded model with a dial.
+
+    Args:
+        model: folded, with a dial.
+        cr: ratio; None = its own.
+        preset: kind of text; None = its own.
+    """
+    position: float = model._cachefold_dial.position(
+        model._cachefold_policy.cr if cr is None else cr, preset
+    )
+    return position
 
 
 def turn_dial(

@@ -28,8 +28,8 @@ def task(value: float, **more: Any) -> dict[str, Any]:
 
 def report() -> dict[str, Any]:
     rows = [
-        row("dense", 45, 0.0, tasks={"piqa": task(0.68)}),
-        row("tova-cr2", 22.5, 0.1, tasks={"piqa": task(0.63)}),
+        row("dense", 45, 0.0, tasks={"piqa": task(0.68, cr=1.0)}),
+        row("tova-cr2", 22.5, 0.1, tasks={"piqa": task(0.63, cr=1.6)}),
         row("tova-cr8", 5.6, 0.5, tasks={"piqa": task(0.54, error=None)}),
         row("full+int4", 13, 0.02, tasks={"piqa": task(0.67)}),
         row("random-cr8", 5.6, 2.2),

@@ -112,7 +112,8 @@ def test_every_kind_of_method_in_one_report(folder: Path, tmp_path: Path, tasks)
     assert report["command"] == "x" and report["seed"] == 0 and report["failures"] == []
     [note] = report["notes"]
     assert note.startswith("dmc-cr2 was made on revision other of the base model")
-    assert "words logprob" in " ".join(told) and told[0].startswith("dense: loss ")
+    assert "words logprob" in " ".join(told) and " on its texts, cache " in " ".join(told)
+    assert told[0].startswith("dense: loss ")
     assert (tmp_path / "out/eval.png").exists() and (tmp_path / "out/eval.md").exists()
 
 

@@ -10,6 +10,8 @@ import torch
 
 from cachefold.evaluation import methods as module
 from cachefold.evaluation.methods import Method, applied, digest
+from cachefold.evaluation.subject import Subject
+from cachefold.models.dial import turn_dial
 from cachefold.models.fold import fold, folded_layers, is_folded
 from cachefold.models.hub import save_folded
 from cachefold.models.lora import add_lora
@@ -94,6 +96,20 @@ def test_weights_are_part_of_a_method(artefact: Path, tmp_path: Path) -> None:
     one = digest(tmp_path / "a")
     (tmp_path / "a").write_text("two")
     assert digest(tmp_path / "a") != one and len(one) == 16
+
+
+def test_the_position_of_the_dial_is_part_of_a_method(tmp_path: Path) -> None:
+    """And of a subject: `cachefold calibrate` changes no weight."""
+    model = fold(tiny_model(), DMC(cr=2, max_cr=8))
+    settings = []
+    for position in (0.5, 0.7):
+        table = {"bulk": [(1.5, -1.0), (4.0, position)]}
+        folder = save_folded(model, tmp_path / "dial", base={"id": "b"}, extra={"dial": table})
+        method = Method(name="x", policy="dmc", cr=4.0, artefact=folder, dial=True)
+        turn_dial(model, table, 4.0)
+        assert method.facts()["position"] == position == Subject(model, None).settings()["position"]
+        settings.append(method.facts()["weights"])
+    assert settings[0] == settings[1]
 
 
 def test_examples_run() -> None:

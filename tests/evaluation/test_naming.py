@@ -11,6 +11,8 @@ import pytest
 from cachefold.evaluation import naming as module
 from cachefold.evaluation.naming import Naming, codecs_of, is_artefact, parse_methods
 
+SHIPPED = Path(__file__).parents[2] / "artefacts"
+
 
 def artefact(folder: Path, name: str, policy: str = "dmc", base: str = "b", **options) -> Path:
     """A config alone: names are read before any weight is."""
@@ -85,6 +87,27 @@ def test_artefacts_by_name(tmp_path: Path) -> None:
         parse_methods(["dms"], Naming(base="b", **options))
 
 
+def test_what_was_trained_on_gives_way_to_what_came_of_it(tmp_path: Path) -> None:
+    artefact(tmp_path, "a-cr2", cr=2)
+    for name, init in (("b-dial", "a-cr2"), ("c-last/final", "b-dial")):
+        place = artefact(tmp_path, name, cr=4, max_cr=8)
+        (place / "recipe.yaml").write_text(f"init: artefacts/{init}\n")
+    options = {"crs": (2.0, 4.0), "folders": (tmp_path,)}
+    found = parse_methods(["dmc"], Naming(base="b", **options))[1:]
+    assert [m.artefact for m in found] == [place, place]
+    apart = artefact(tmp_path, "d-cr2", cr=2)
+    assert parse_methods(["dmc-cr2"], Naming(base="b", **options))[1].artefact == apart
+    artefact(tmp_path, "e-dial", cr=4, max_cr=8)
+    with pytest.raises(ValueError, match="several artefacts are dmc at cr 4: .*c-last.*e-dial;"):
+        parse_methods(["dmc-cr4"], Naming(base="b", **options))
+
+
+def test_shipped_artefacts_are_found_by_the_name_of_their_policy() -> None:
+    naming = Naming(base="smollm2-135m", crs=(2.0, 4.0, 8.0), folders=(SHIPPED,))
+    found = parse_methods(["dmc", "dms"], naming)[1:]
+    assert len(found) == 6 and all(method.dial for method in found)
+
+
 def test_artefacts_by_folder(tmp_path: Path) -> None:
     one = artefact(tmp_path, "runs/mine/final", cr=3)
     plus = artefact(tmp_path, "with+plus", "dms", cr=2)
@@ -106,8 +129,16 @@ def test_a_missing_artefact_comes_with_its_command(tmp_path, monkeypatch) -> Non
     with pytest.raises(ValueError, match="`cachefold retrofit RECIPE.yaml model=hub/b policy"):
         parse_methods(["dmc"], Naming(base="hub/b"))
     (tmp_path / "recipes").mkdir()
-    for name in ("a-cr2", "b-dms-cr2"):
-        (tmp_path / f"recipes/{name}.yaml").write_text("model: b\n")
+    recipes = {
+        "a-dms-cr2": "other, policy: {name: dms}", "b-dmc": "hub/b, policy: {name: dmc}",
+        "b-dms-dial": "hub/b, policy: {name: dms, max_cr: 8}",
+        "b-dms-cr2": "hub/b, policy: {name: dms}",
+        "b-dms-on": "hub/b, init: a, policy: {name: dms}",
+        "a-pooled": "hub/b, policy: {name: dms, kv_heads: 1}",
+    }  # fmt: skip
+    for name, values in recipes.items():
+        (tmp_path / f"recipes/{name}.yaml").write_text(f"{{model: {values}}}")
+    (tmp_path / "recipes/a-broken.yaml").write_text("{")
     with pytest.raises(ValueError) as caught:
         parse_methods(["dms"], Naming(base="hub/b", crs=(4.0,)))
     assert str(caught.value).endswith(

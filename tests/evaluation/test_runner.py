@@ -14,6 +14,7 @@ from cachefold.evaluation import runner as module
 from cachefold.evaluation.choice import Choice
 from cachefold.evaluation.runner import TasksFailed, run_tasks
 from cachefold.evaluation.subject import Subject
+from cachefold.policies import Full
 from tests.evaluation.tiny import rows_of, tiny_tokenizer
 from tests.models.tiny import scramble_decisions, tiny_model
 
@@ -122,3 +123,24 @@ def test_a_policy_that_kept_everything_is_told(caplog):
         run_tasks(subject(TOVA(cr=2)), [tiny()], limit=2)
         run_tasks(subject(), [tiny()], limit=2)
     assert "kept every entry" not in caplog.text
+
+
+class Short(Tiny):
+    """Texts of a few tokens, or of more than a page."""
+
+    def rows(self, limit):
+        query = "what" if self.name == "short" else "what is so " * 9
+        return [row | {"query": query, "choices": ["is", "or"]} for row in rows_of(2)]
+
+
+@pytest.mark.parametrize("policy", [Full(), DMC(delay=2)])
+def test_a_codec_that_packed_nothing_is_told(policy, caplog):
+    model = fold(tiny_model(), policy)
+    packed = Subject(model, tiny_tokenizer(), codec="int8")
+    with caplog.at_level(logging.WARNING):
+        run_tasks(packed, [Short(name="short", pairs=choice._after_question)])
+    assert "int8' packed next to nothing" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        run_tasks(packed, [Short(name="long", pairs=choice._after_question)])
+    assert "packed next to nothing" not in caplog.text

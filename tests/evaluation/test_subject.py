@@ -245,7 +245,7 @@ def test_a_first_token_that_the_text_has_is_not_put_there_again():
 
 def test_settings_tell_weights_and_policies_apart():
     found = [Subject(model, None).settings() for model in (tiny_model(), tiny_model())]
-    assert found[0] == found[1] and found[0]["policy"] is None
+    assert found[0] == found[1] and found[0]["policy"] is found[0]["position"] is None
     folded = Subject(folded_model(), None).settings()
     assert folded["policy"]["name"] == "dmc" and folded["weights"] != found[0]["weights"]
 

@@ -1,0 +1,127 @@
+"""Where the artefact of a policy is, and which command makes one that is missing."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cachefold.models.hub import CONFIG
+
+POOLED = "gqa"  # the policy that does nothing but pool kv heads
+
+
+def find_artefact(policy: str, cr: float | None, base: str, folders: Sequence[Path]) -> Path:
+    """The artefact of a policy at a ratio (None = it has none), for the base that is compared.
+
+    One that another was trained on from gives way to that; of others, one made for the ratio comes
+    before a dial that covers it. One that pools kv heads besides is another method, which only its
+    folder names.
+
+    Raises:
+        ValueError: none, with the command that makes it; or several.
+    """
+    ratios: set[float] = set()
+    for folder in folders:
+        found, dials = [], []
+        for place, config in artefacts(folder):
+            made = config["policy"]
+            if made["name"] != policy or not same_base(config["base"]["id"], base):
+                continue
+            if made.get("kv_heads") and policy != POOLED:
+                continue
+            ratio, most = made.get("cr"), made.get("max_cr")
+            ratios |= set() if ratio is None else {most or ratio}
+            if most is not None and cr is not None:
+                dials += [place] if cr <= most else []
+            elif ratio == cr:
+                found.append(place)
+        last = _not_trained_on([*found, *dials])
+        best = [place for place in found if place in last] or last
+        if len(best) > 1:
+            raise ValueError(
+                f"several artefacts are {policy}{_at(cr)}: {', '.join(map(str, best))}; name the "
+                "folder that is meant"
+            )
+        if best:
+            return best[0]
+    there = f" (there: cr {', '.join(f'{r:g}' for r in sorted(ratios))})" if ratios else ""
+    raise ValueError(
+        f"{policy} is learned, and {' and '.join(map(str, folders))} have no artefact of it"
+        f"{_at(cr)} for {base}{there}. Make one: {_command(policy, cr, base)}"
+    )
+
+
+def _not_trained_on(places: list[Path]) -> list[Path]:
+    """Those of the artefacts that no other of them was trained on from."""
+    inits = set()
+    for place in places:
+        with contextlib.suppress(OSError, yaml.YAMLError, AttributeError):
+            init = yaml.safe_load((place / "recipe.yaml").read_text(encoding="utf-8")).get("init")
+            inits |= {name_of(Path(init))} if init else set()
+    return [place for place in places if name_of(place) not in inits]
+
+
+def name_of(folder: Path) -> str:
+    """Name of an artefact: a run keeps its own in `final`.
+
+    >>> name_of(Path("runs/first/final"))
+    'first'
+    """
+    return folder.parent.name if folder.name == "final" else folder.name
+
+
+def _at(cr: float | None) -> str:
+    return "" if cr is None else f" at cr {cr:g}"
+
+
+def artefacts(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Folders of artefacts with their configs; broken ones are for `cachefold ls artefacts`."""
+    for path in sorted([*folder.glob(f"*/{CONFIG}"), *folder.glob(f"*/final/{CONFIG}")]):
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+            if config["policy"]["name"] and config["base"]["id"]:
+                yield path.parent, config
+        except (ValueError, KeyError, TypeError):
+            continue
+
+
+def _command(policy: str, cr: float | None, base: str) -> str:
+    """The retrofit that gives what is missing, from the recipe that is most like it."""
+
+    def unlike(recipe: tuple[Path, dict[str, Any]]) -> tuple[bool, ...]:
+        values, made = recipe[1], recipe[1]["policy"]
+        pools = bool(made.get("kv_heads")) and policy != POOLED
+        fits = values["model"] == base, made.get("name") == policy
+        return pools, *(not fit for fit in fits), "max_cr" in made, "init" in values
+
+    name = f"{Path(base).name}-{policy}"
+    changes = [f"model={base}", f"policy.name={policy}"]
+    if cr is not None:
+        name += f"-cr{cr:g}"
+        changes.append(f"policy.cr={cr:g}")
+    recipe = min(_recipes(), key=unlike, default=(Path("RECIPE.yaml"), {}))[0]
+    return f"`cachefold retrofit {recipe} {' '.join(changes)} output_dir=runs/{name}`"
+
+
+def _recipes() -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Recipes that can be read, by name."""
+    for path in sorted(Path("recipes").glob("*.yaml")):
+        with contextlib.suppress(OSError, yaml.YAMLError, KeyError, TypeError):
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+            if values["model"] and values["policy"]["name"]:
+                yield path, values
+
+
+def same_base(one: str, other: str) -> bool:
+    """Whether two names mean one base model.
+
+    >>> same_base("smollm2-135m", "smollm2-135m")
+    True
+    """
+    folders = Path(one).is_dir() and Path(other).is_dir()
+    return one == other or (folders and Path(one).resolve() == Path(other).resolve())
