@@ -159,7 +159,7 @@ def _recall_rows(rows: Iterable[Row], data: DataConfig) -> Iterator[Row]:
     left = sum(map(len, texts)) * data.recall / (1 - data.recall)
     for seed in itertools.count():
         made = 0
-        for text in recall_texts(texts, seed):
+        for text in recall_texts(texts, seed, data.seq_len):
             yield "recall", {data.text_field: text}
             made += len(text)
             if made >= left:

@@ -16,8 +16,9 @@ import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-SHORTEST, LONGEST = 1_000, 7_000
-"""Characters of a text of this kind, before what is put between; some 250 to 1,750 tokens."""
+SHORTEST, PER_TOKEN = 1_000, 3
+"""Characters of a text of this kind at least, before what is put between, and at most for each
+token of a training sequence: what is cut off can't be looked up."""
 MOST_FACTS = 24
 _QUOTE, _MONOTONOUS, _BOTH_WAYS, _OWN_WORDS = 0.05, 0.6, 0.4, 0.25
 
@@ -59,42 +60,46 @@ _OTHERS = (
 _LEADS = ("", "", "Again: ", "As said before, ", "To repeat it: ")
 
 
-def recall_texts(texts: Iterable[str], seed: int) -> Iterator[str]:
-    """Makes texts out of others, without end as long as there are any.
+def recall_texts(texts: Iterable[str], seed: int, seq_len: int = 1024) -> Iterator[str]:
+    """Makes texts out of others.
 
     Args:
         texts: prose; its sentences stand between what is to be found again.
         seed: another one draws other facts.
+        seq_len: tokens of a training sequence.
 
     Yields:
-        Texts of `SHORTEST` to `LONGEST` characters of a source, or what it has, and facts.
+        Texts of `SHORTEST` to `PER_TOKEN * seq_len` characters of a source, or what it has, and
+        facts.
 
-    >>> [text] = recall_texts(["It is late. The road was long. " * 20], seed=8)
-    >>> "The year is stenzeljo. The road was long. What is the year? The year is sten" in text
-    True
+    >>> [text] = recall_texts(["It is late. The road was long. " * 20], seed=9)
+    >>> text[22:63]
+    'The heavy boat is 2. 2 is the heavy boat.'
     """
-    rng = random.Random(seed)
+    rng, longest = random.Random(seed), max(SHORTEST, PER_TOKEN * seq_len)
     for text in texts:
         sentences = _sentences(text)
         while sentences:
-            taken = _up_to(sentences, _log_uniform(rng, SHORTEST, LONGEST))
+            taken = _up_to(sentences, _log_uniform(rng, SHORTEST, longest))
             sentences = sentences[len(taken) :]
-            yield recall_text(taken, rng)
+            yield recall_text(taken, rng, longest)
 
 
-def recall_text(sentences: Sequence[str], rng: random.Random) -> str:
+def recall_text(sentences: Sequence[str], rng: random.Random, longest: int = 3_000) -> str:
     """One such text: facts between sentences, all of them said again later.
 
     Six texts in ten go around and around a few sentences instead, as little else is as easy to
-    compress and to get lost in. There are 1 to `MOST_FACTS` facts, as often few as many.
+    compress and to get lost in: for as many characters as come out, up to `longest`. There are 1
+    to `MOST_FACTS` facts, not more than one for three sentences, as often few as many.
     """
     if rng.random() < _MONOTONOUS:
         few = _plain(rng) if rng.random() < 0.5 else rng.sample(sentences, min(len(sentences), 5))
-        sentences = _up_to(itertools.cycle(few), _log_uniform(rng, SHORTEST, LONGEST))
+        sentences = _up_to(itertools.cycle(few), _log_uniform(rng, SHORTEST, longest))
     last = len(sentences) - 1
     due: dict[int, list[str]] = {}
+    taken: set[str] = set()
     for _ in range(_log_uniform(rng, 1, min(MOST_FACTS, 1 + last // 3))):
-        said, reverse, asked = _fact(rng)
+        said, reverse, asked = _fact(rng, taken)
         place = rng.randint(0, last)
         first = [said, reverse] if reverse and rng.random() < _BOTH_WAYS else [said]
         due.setdefault(place, []).extend(first)
@@ -145,8 +150,30 @@ def _later(rng: random.Random, place: int, last: int) -> int:
     return min(place + gap, last + 1)
 
 
-def _fact(rng: random.Random) -> tuple[str, ...]:
-    names = {name: rng.choice(words) for name, words in _CHOICES.items()} | {
+def _fact(rng: random.Random, taken: set[str]) -> tuple[str, ...]:
+    """Said, the other way around, asked; of a subject that is not `taken`, which it then is."""
+    while True:
+        fact = _some_fact(rng)
+        if fact[2] not in taken:
+            taken.add(fact[2])
+            return fact
+
+
+def _some_fact(rng: random.Random) -> tuple[str, ...]:
+    if rng.random() < _OWN_WORDS:
+        names = _names(rng)
+        return tuple(part.format(**names) for part in rng.choice(_OTHERS))
+    subject = rng.choice(_SUBJECTS).format(**_names(rng))
+    value = rng.choice(_VALUES).format(**_names(rng))
+    while set(subject.split()) & set(value.split()) - {"the"}:  # "The red stone is red"
+        value = rng.choice(_VALUES).format(**_names(rng))
+    said, reverse, asked = (part.format(subject=subject, value=value) for part in _IS)
+    return said, reverse[0].upper() + reverse[1:], asked
+
+
+def _names(rng: random.Random) -> dict[str, str]:
+    """A word or number for each name in the templates."""
+    return {name: rng.choice(words) for name, words in _CHOICES.items()} | {
         "name": f"{_word(rng, 2).title()} {_word(rng, 3).title()}",
         "word": _word(rng, 3),
         "number": str(rng.randrange(10 ** rng.randint(2, 7))),
@@ -156,13 +183,6 @@ def _fact(rng: random.Random) -> tuple[str, ...]:
         "room": str(rng.randrange(1, 500)),
         "time": f"{rng.randrange(24)}:{rng.randrange(60):02d}",
     }
-    if rng.random() < _OWN_WORDS:
-        return tuple(part.format(**names) for part in rng.choice(_OTHERS))
-    subject = rng.choice(_SUBJECTS).format(**names)
-    names["thing"] = rng.choice(_CHOICES["thing"])  # else the boat would be in the boat
-    value = rng.choice(_VALUES).format(**names)
-    said, reverse, asked = (part.format(subject=subject, value=value) for part in _IS)
-    return said, reverse[0].upper() + reverse[1:], asked
 
 
 def _word(rng: random.Random, syllables: int) -> str:

@@ -62,6 +62,26 @@ def test_a_subject_does_not_say_what_sort_of_answer_it_has() -> None:
     assert all(max(count.values()) < 0.9 * count.total() for count in often)
 
 
+def test_a_subject_has_one_answer_in_a_text_and_none_of_its_own_words() -> None:
+    seen = 0
+    for text in itertools.islice(itertools.chain(*(recall_texts(PROSE, s) for s in range(5))), 200):
+        answers: dict[str, set[str]] = {}
+        for subject, value in re.findall(r"What is the ([^?]+)\? The [^.]*? is ([^.]*)\.", text):
+            answers.setdefault(subject, set()).add(value)
+            assert not {*subject.split()} & {*value.split()} - {"the"}, (subject, value)
+            seen += 1
+        assert all(len(values) == 1 for values in answers.values()), text
+    assert seen > 200
+
+
+def test_most_texts_fit_into_a_sequence() -> None:
+    """Of 3 to 4 characters a token."""
+    for seq_len in (512, 1024, 2048):
+        lengths = sorted(len(text) for text in recall_texts(PROSE * 2, 0, seq_len))
+        assert lengths[len(lengths) // 2] < 4.5 * seq_len, seq_len
+        assert lengths[-1] > 3 * seq_len
+
+
 def test_no_template_is_one_of_the_evaluation() -> None:
     """Five words in a row of a haystack are in no text made here."""
     made = " ".join(itertools.islice(recall_texts(PROSE, 3), 20))
