@@ -18,6 +18,9 @@ LINEAR_SCALE = 10.0
 LINEAR_ALPHA_BIAS = -4.0
 DIAL_SLOPE = 7.0
 """Merge logits per position of the dial before training: trained logits are spread over tens."""
+SPARED = 1.5
+"""Positions of the dial by which heads that are spared stay behind: at ratios from 3 to 8 most of
+them keep nearly all tokens."""
 
 
 class LinearDecision(nn.Module):
@@ -50,6 +53,7 @@ class LinearDecision(nn.Module):
         proportional: bool = False,
     ) -> None:
         super().__init__()
+        self.num_kv_heads = num_kv_heads
         rows = 2 * num_kv_heads if weighs else num_kv_heads
         self.weight = nn.Parameter(torch.zeros(rows, hidden_size))
         bias = torch.zeros(rows)
@@ -60,6 +64,18 @@ class LinearDecision(nn.Module):
         growth = torch.full((num_kv_heads,), 1 / LINEAR_SCALE)
         self.growth = nn.Parameter(growth) if proportional else None
         self.weighs = weighs
+
+    @torch.no_grad()
+    def spare(self, head: int) -> None:
+        """Makes a head merge as if the dial stood `SPARED` positions lower; it may unlearn that.
+
+        >>> decision = LinearDecision(4, 2)
+        >>> decision.spare(1)
+        >>> decision(None, None, torch.ones(1, 1, 4))[0].flatten().tolist()
+        [-4.0, -14.5]
+        """
+        slope = DIAL_SLOPE / LINEAR_SCALE if self.slope is None else self.slope[head].abs()
+        self.bias[head] -= SPARED * slope
 
     @property
     def size_weight(self) -> Tensor | None:

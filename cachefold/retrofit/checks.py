@@ -57,6 +57,9 @@ def check_train(train: TrainConfig) -> None:
             raise ValueError(
                 f"train.{name} must be one of {', '.join(allowed)}; got {value!r}.{hint}"
             )
+    for pair in train.spare:
+        if len(pair) != 2 or min(pair) < 0:
+            raise ValueError(f"train.spare lists [layer, kv head] pairs, both from 0; got {pair}")
     if train.kd_weight == train.ce_weight == 0:
         raise ValueError("train.kd_weight and train.ce_weight are both 0: nothing keeps quality")
 
@@ -68,6 +71,11 @@ def check_schedule(config: RetrofitConfig, policy: Any) -> None:
         ValueError: they contradict each other.
     """
     train, neuron = config.train, policy.decision == "neuron"
+    if train.spare and (policy.decision != "linear" or policy.per != "head"):
+        raise ValueError(
+            "train.spare is for heads that decide alone, by a projection; set policy.decision: "
+            f"linear and policy.per: head, got {policy.decision} and {policy.per}"
+        )
     if config.data.seq_len <= policy.delay:
         raise ValueError(
             f"data.seq_len must be more than policy.delay, or no token is ever merged; got "

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from cachefold.models.fold import fold
+from cachefold.models.families import attention_layers
+from cachefold.models.fold import fold, folded_layers
 from cachefold.models.hub import WEIGHTS, load_trainable_state, read_config
 from cachefold.models.lora import add_lora
 from cachefold.policies.gqa import GQA
@@ -54,7 +56,35 @@ def prepare(model: PreTrainedModel, config: RetrofitConfig) -> PreTrainedModel |
     fold_for_training(model, config)
     if config.init is not None:
         start_from(model, config)
+    spare_heads(model, config.train.spare)
     return teacher
+
+
+def spare_heads(model: PreTrainedModel, heads: Sequence[Sequence[int]]) -> None:
+    """Makes heads of a prepared model start out merging later than the others.
+
+    Args:
+        model: folded, with decisions that are projections.
+        heads: (layer, kv head) each.
+
+    Raises:
+        ValueError: the model has no such head, or its layer does not fold.
+    """
+    layers = attention_layers(model)
+    folds = folded_layers(model)
+    for layer, head in heads:
+        if layer not in folds:
+            raise ValueError(
+                f"train.spare: layer {layer} does not fold; those that do: {min(folds)} to "
+                f"{max(folds)}"
+            )
+        decision: Any = layers[layer].decision
+        count = decision.num_kv_heads
+        if head >= count:
+            raise ValueError(
+                f"train.spare: layer {layer} has kv heads 0 to {count - 1}, got {head}"
+            )
+        decision.spare(head)
 
 
 def start_from(model: PreTrainedModel, config: RetrofitConfig) -> None:

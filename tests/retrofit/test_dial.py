@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cachefold.models.hub import load_folded, read_config
+from cachefold.policies.decisions import SPARED
 from cachefold.retrofit.config import from_dict
 from cachefold.retrofit.data import preset_texts
 from cachefold.retrofit.prepare import load_model, prepare
@@ -133,6 +134,54 @@ def test_weights_of_sizes_start_at_one_and_are_trained(workspace: Path, fixed: P
     assert before and all(weight.eq(1).all() for weight in before)
     assert not any(weight.eq(1).any() for weight in after)
     assert read_config(folder)["policy"]["proportional"] is True
+
+
+@pytest.mark.parametrize("name", ["dmc", "dms"])
+def test_heads_that_are_spared_start_out_merging_later(workspace: Path, name: str) -> None:
+    values = dial_recipe(workspace, "unused", None, spare=[[1, 0]])
+    values["policy"]["name"] = name
+    model, _ = load_model(from_dict(values))
+    prepare(model, from_dict(values))
+    bias, slope = (
+        torch.stack([getattr(layer.self_attn.decision, part)[:2] for layer in model.model.layers])
+        for part in ("bias", "slope")
+    )
+    late = (bias[0, 0] - bias) / slope
+    assert torch.allclose(late, torch.tensor([[0.0, 0.0], [SPARED, 0.0]]))
+
+
+def test_a_run_goes_on_from_spared_heads_as_they_are(workspace: Path) -> None:
+    """They are spared once, at the beginning, and not again when a run is resumed."""
+    values = dial_recipe(workspace, "spared", None, 10, spare=[[1, 0]])
+    folder = Path(run_retrofit(from_dict(values))["folder"])
+    values["init"], values["output_dir"] = str(folder), str(workspace / "unused")
+    values["train"]["spare"] = []
+    model, _ = load_model(from_dict(values))
+    prepare(model, from_dict(values))
+    bias = model.model.layers[1].self_attn.decision.bias
+    assert -3 < bias[0] - bias[1] < -0.5
+
+
+@pytest.mark.parametrize(
+    ("spare", "message"),
+    [
+        ([[2, 0]], "layer 2 does not fold; those that do: 0 to 1"),
+        ([[1, 2]], "layer 1 has kv heads 0 to 1, got 2"),
+        ([[1]], r"pairs, both from 0; got \[1\]"),
+        ([[0, -1]], r"pairs, both from 0; got \[0, -1\]"),
+    ],
+)
+def test_heads_that_are_not_there_are_refused(workspace: Path, spare: list, message: str) -> None:
+    values = dial_recipe(workspace, "refused", None, spare=spare)
+    with pytest.raises(ValueError, match=message):
+        run_retrofit(from_dict(values))
+    assert not (workspace / "refused").exists()
+
+
+def test_heads_that_share_a_decision_are_not_spared() -> None:
+    values = {"model": "m", "output_dir": "o", "policy": {"name": "dmc-c"}}
+    with pytest.raises(ValueError, match="spare is for heads that decide alone"):
+        from_dict({**values, "train": {"spare": [[0, 0]]}})
 
 
 def _size_weights(model: torch.nn.Module) -> list[torch.Tensor]:
