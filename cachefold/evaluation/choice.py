@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -141,6 +142,15 @@ def _after_query(row: Row) -> Pairs:
     return [(row["query"], f" {choice}") for choice in row["choices"]]
 
 
+_UNFINISHED = re.compile(r"([.!?]\S* )([^.!?]+)$")
+
+
+def _after_scene(row: Row) -> Pairs:
+    """HellaSwag: lm-eval begins the sentence to be finished with a capital, rows don't."""
+    scene = _UNFINISHED.sub(lambda found: found[1] + found[2].capitalize(), row["query"])
+    return [(scene, f" {choice}") for choice in row["choices"]]
+
+
 def _after_passage(row: Row) -> Pairs:
     context = f"{row['context']}\nQuestion: {row['query']}\nAnswer:"
     return [(context, f" {choice}") for choice in row["choices"]]
@@ -184,7 +194,7 @@ TASKS = (
     Choice(name="piqa", pairs=_after_question, metrics=_BOTH),
     Choice(name="arc_easy", pairs=_after_question, metrics=_BOTH),
     Choice(name="arc_challenge", pairs=_after_question, metrics=_BOTH, metric="acc_norm"),
-    Choice(name="hellaswag", pairs=_after_query, metrics=_BOTH, metric="acc_norm"),
+    Choice(name="hellaswag", pairs=_after_scene, metrics=_BOTH, metric="acc_norm"),
     Choice(name="openbookqa", pairs=_after_query, metrics=_BOTH, metric="acc_norm"),
     Choice(
         name="boolq", pairs=_after_passage, fields=("context", "query", "choices", "gold")

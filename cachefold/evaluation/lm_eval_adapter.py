@@ -1,11 +1,12 @@
 """lm-eval's tasks on a folded model: `python -m cachefold.evaluation.lm_eval_adapter run ...`.
 
-lm-eval (0.4.9 and later) knows the models of its own package and those that were registered
-before it runs, so this module is also the command that starts it:
+lm-eval 0.4.13 looks `--model` up among the models of its own package and those registered before
+it runs, so this module is also the command that starts it:
 
     python -m cachefold.evaluation.lm_eval_adapter run --model cachefold \
-        --model_args pretrained=artefacts/smollm2-135m-cr2 --tasks piqa --limit 100
+        --model_args pretrained=artefacts/smollm2-135m-dial-recall,cr=4 --tasks piqa --limit 100
 
+Later releases have plugins and find it by the entry point that this package declares.
 `--model_args`: see `CachefoldLM`. The ratio reached is logged, and kept in the results.
 """
 
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from cachefold.core.names import closest
 from cachefold.evaluation.subject import Subject
 from cachefold.models.fold import fold
 from cachefold.models.hub import CONFIG, load_folded, read_config
@@ -39,6 +41,8 @@ except ImportError as error:
 logger = logging.getLogger(__name__)
 
 _DTYPES = ("bfloat16", "float16", "float32")
+_DIAL = ("cr", "preset")
+"""What can be asked of an artefact, if it has a dial."""
 
 
 @register_model("cachefold")
@@ -55,10 +59,12 @@ class CachefoldLM(TemplateLM):
         device: None = a GPU; a CPU where no GPU is.
         max_batch_size: lm-eval's own; not needed, `auto` finds what fits.
         subject: a model that is loaded already, in place of all of the above.
-        options: of the policy, such as `cr=2` or `budget=512`.
+        options: of the policy, such as `cr=2` or `budget=512`; of an artefact with a dial, `cr`
+            and `preset`.
 
     Raises:
-        ValueError: nothing to load, a policy for an artefact, or an unknown policy or option.
+        ValueError: nothing to load, a policy for an artefact, an unknown policy or option, or a
+            ratio or preset that the artefact doesn't serve.
     """
 
     def __init__(
@@ -208,13 +214,30 @@ def _load(
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}; got {dtype!r}")
     if not (Path(name) / CONFIG).is_file():
         if policy is None and options:
-            raise ValueError(f"{', '.join(options)}: options of a policy, and none is given")
+            raise ValueError(
+                f"{', '.join(options)}: options of a policy, and none is given; add policy=NAME "
+                "(`cachefold ls policies`), or name the folder of an artefact as pretrained"
+            )
         model, tokenizer = load_base(name, getattr(torch, dtype))
         return (model if policy is None else fold(model, get_policy(policy, **options))), tokenizer
-    if policy is not None or options:
-        raise ValueError(f"{name} is an artefact, which has its policy and takes no options of one")
-    model, tokenizer = load_base(str(read_config(Path(name))["base"]["id"]), getattr(torch, dtype))
-    return load_folded(Path(name), model), tokenizer
+    return _load_artefact(Path(name), policy, dtype, options)
+
+
+def _load_artefact(
+    folder: Path, policy: str | None, dtype: str, options: dict[str, Any]
+) -> tuple[PreTrainedModel, Any]:
+    """An artefact on its base, its dial set if it is asked for a ratio or preset."""
+    others = [option for option in options if option not in _DIAL]
+    if policy is not None or others:
+        given = ", ".join(others if policy is None else ["policy", *others])
+        raise ValueError(
+            f"{folder} is an artefact, which has its policy, and takes no {given}."
+            f"{closest(others[0], _DIAL) if others else ''} Where it has a dial, "
+            f"{' and '.join(_DIAL)} set it"
+        )
+    base = str(read_config(folder)["base"]["id"])
+    model, tokenizer = load_base(base, getattr(torch, dtype))
+    return load_folded(folder, model, **options), tokenizer
 
 
 def main() -> None:

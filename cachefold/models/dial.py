@@ -25,8 +25,14 @@ def has_dial(policy: Policy) -> bool:
     return not isinstance(policy, BudgetPolicy) and policy.max_cr is not None
 
 
-def check_dial(model: Any, cr: float | None, preset: str | None) -> None:
+def check_dial(model: Any, cr: float | None, preset: str | None, dial: Dial | None = None) -> None:
     """Refuses a ratio or preset that a model doesn't serve.
+
+    Args:
+        model: folded.
+        cr: ratio asked for; None = none.
+        preset: kind of text asked for; None = none.
+        dial: calibration that has to know the preset; None = the model's own.
 
     Raises:
         ValueError: the model has no dial, the ratio is out of its range, or an unknown preset.
@@ -39,12 +45,14 @@ def check_dial(model: Any, cr: float | None, preset: str | None) -> None:
             f"cr={cr} and preset={preset!r} turn a dial, and this model has none: its policy is "
             f"{policy}. Leave them out, or load an artefact with a dial (policy.max_cr)"
         )
-    if cr is not None and not 1 <= cr <= policy.max_cr:
+    # A word, as a command line may bring it, can't be compared.
+    if cr is not None and (isinstance(cr, str) or not 1 <= cr <= policy.max_cr):
         raise ValueError(
-            f"this dial serves cr from 1 to {policy.max_cr:g}, tokens seen / entries kept; got {cr}"
+            f"this dial serves cr from 1 to {policy.max_cr:g}, tokens seen / entries kept; got "
+            f"{cr!r}"
         )
     if preset is not None:
-        model._cachefold_dial.table(preset)
+        (dial or model._cachefold_dial).table(preset)
 
 
 def with_position(model: Any, run: FoldRun, cache: FoldedCache | None) -> FoldRun:
@@ -91,9 +99,7 @@ def turn_dial(
         ValueError: a ratio or preset that the model does not serve; nothing was changed.
     """
     dial = Dial(tables, preset or DEFAULT_PRESET)
-    check_dial(model, cr, None)
-    if preset is not None:
-        dial.table(preset)
+    check_dial(model, cr, preset, dial)
     state: Any = model
     state._cachefold_dial = dial
     if cr is not None:

@@ -52,6 +52,7 @@ def test_the_prompts_are_those_of_lm_eval():
         "\nQuestion: does maple syrup come straight from the tree?\nAnswer:" in asked["boolq"][0][0]
     )
     assert [pair[1] for pair in asked["boolq"]] == [" no", " yes"]
+    assert asked["hellaswag"][0][0].endswith(" opponent team player. After the blue team")
     assert asked["winogrande"] == [
         (f"Sarah had to call in an expert unlike Erin because {name}",
          " had vast knowledge on the subject.") for name in ("Sarah", "Erin")
@@ -64,6 +65,15 @@ def test_the_prompts_are_those_of_lm_eval():
     )
     assert prompt.count("\nAnswer:") == 6 and prompt.endswith("\nD. Z\nAnswer:")
     assert [pair[1] for pair in asked["mmlu"]] == [" A", " B", " C", " D"]
+
+
+def test_only_a_sentence_that_breaks_off_gets_a_capital():
+    for query, context in (
+        ('Cars: "Stop!" he says. the man in red', 'Cars: "Stop!" he says. The man in red'),
+        ("Cars: How to stop. Look at the road. It (the road) is wet.", None),
+    ):
+        [(asked, _)] = get_task("hellaswag").pairs({"query": query, "choices": ["stops."]})
+        assert asked == (context or query)
 
 
 def test_mmlu_takes_subjects_in_turn():

@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from functools import partial
+from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("lm_eval", reason="the extra `eval` (lm-eval) is not installed")
 
-import lm_eval
 from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from cachefold import DMC, fold
+from cachefold import DMC, fold, save_folded
 from cachefold.evaluation import choice
 from cachefold.evaluation.choice import Choice
-from cachefold.evaluation.lm_eval_adapter import CachefoldLM
+from cachefold.evaluation.lm_eval_adapter import CachefoldLM, main
 from cachefold.evaluation.subject import Subject
+from cachefold.models.dial import turn_dial
+from tests.evaluation.harness import evaluated, run
 from tests.evaluation.tiny import rows_of, tiny_tokenizer
 from tests.models.tiny import scramble_decisions, tiny_model
 
+ROOT = Path(__file__).parents[2]
 ROWS = rows_of(20)
 OURS = Choice(name="tiny", pairs=choice._after_question, metrics=("acc", "acc_norm"))
 
@@ -43,20 +54,6 @@ def local_task(tmp_path, **more) -> dict:
         "output_type": "multiple_choice", "doc_to_choice": "choices",
         "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
     } | more  # fmt: skip
-
-
-def run(model, task, **options) -> dict:
-    """As lm-eval's command, without the tasks it ships, which take long to index."""
-    return lm_eval.simple_evaluate(
-        model, tasks=[task], task_manager=TaskManager(include_defaults=False), bootstrap_iters=0,
-        log_samples=True, **options,
-    )  # fmt: skip
-
-
-def evaluated(model, task) -> tuple[dict, list[dict]]:
-    """Results of lm-eval, and its samples in order."""
-    found = run(model, task)
-    return found, sorted(found["samples"]["tiny"], key=lambda sample: sample["doc_id"])
 
 
 def folded_model():
@@ -133,16 +130,96 @@ def test_what_the_adapter_cannot_do_is_refused(tmp_path):
         CachefoldLM(str(tmp_path), policy="tova")
 
 
-def test_lm_eval_finds_the_model_by_name(tmp_path):
-    model, tokenizer = tiny_model(), tiny_tokenizer()
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    arguments = {
-        "pretrained": str(tmp_path / "model"),
-        "dtype": "float32",
-        "policy": "tova",
-        "cr": 2,
-    }
+@pytest.fixture
+def base(tmp_path) -> Path:
+    """Folder of a dense model."""
+    tiny_model(max_position_embeddings=2048).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def saved(base: Path, policy: DMC, **tables) -> Path:
+    """Folder of an artefact."""
+    model = fold(tiny_model(max_position_embeddings=2048), policy)
+    scramble_decisions(model)
+    turn_dial(model, tables)
+    return save_folded(model, base.parent / "artefact", base={"id": str(base), "revision": "local"})
+
+
+def test_lm_eval_finds_the_model_by_name(tmp_path, base):
+    arguments = {"pretrained": str(base), "dtype": "float32", "policy": "tova", "cr": 2}
     found = run("cachefold", local_task(tmp_path), model_args=arguments, limit=4)
     assert found["config"]["cachefold"]["cr"] == pytest.approx(2, rel=0.1)
     assert "acc_norm,none" in found["results"]["tiny"]
+
+
+def test_releases_with_plugins_find_the_model_by_the_entry_point():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    [(name, target)] = project["entry-points"]["lm_eval.models"].items()
+    assert EntryPoint(name, target, "lm_eval.models").load() is get_model(name) is CachefoldLM
+
+
+def test_the_dial_of_an_artefact_is_set(base):
+    tables = {"bulk": [(1.2, -2.0), (6.0, 2.0)], "chat": [(1.2, -1.0), (6.0, 3.0)]}
+    folder = str(saved(base, DMC(cr=2, max_cr=8, delay=2), **tables))
+    lm = CachefoldLM(folder, dtype="float32", cr=4, preset="chat")
+    assert lm.get_model_info()["cachefold"]["policy"]["cr"] == 4
+    model = lm.subject.model
+    assert model._cachefold_dial.position(2.0) == model._cachefold_dial.position(2.0, "chat")
+    assert CachefoldLM(folder).get_model_info()["cachefold"]["policy"]["cr"] == 2
+    for asked, message in (
+        ({"cr": 9}, "serves cr from 1 to 8.*got 9"),
+        ({"cr": "four"}, "serves cr from 1 to 8.*got 'four'"),
+        ({"preset": "chats"}, "Did you mean 'chat'"),
+        ({"presets": "chat"}, "takes no presets. Did you mean 'preset'"),
+        ({"policy": "dmc", "cr": 4}, "takes no policy. Where it has a dial, cr and preset"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            CachefoldLM(folder, **asked)
+
+
+@pytest.mark.parametrize("asked", [{"cr": 4}, {"preset": "chat"}, {"preset": "bulk"}])
+def test_an_artefact_without_a_dial_has_none_to_set(base, asked):
+    folder = saved(base, DMC(cr=2, delay=2))
+    with pytest.raises(ValueError, match="this model has none"):
+        CachefoldLM(str(folder), **asked)
+
+
+def documented(tmp_path: Path, base: Path) -> list[str]:
+    """Arguments of the command on docs/evaluation.md, with its task and an artefact of here."""
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    [task] = re.findall(r"^```yaml\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    (tmp_path / "my-piqa.yaml").write_text(task)
+    [command] = re.findall(
+        r"^python -m cachefold\S+lm_eval_adapter (run .*my-piqa.yaml.*)$", page, re.M
+    )
+    folder = saved(base, DMC(cr=2, max_cr=8, delay=2))
+    command = re.sub(r"pretrained=[^, ]+", f"pretrained={folder}", command)
+    return command.replace("my-piqa.yaml", str(tmp_path / "my-piqa.yaml")).split()
+
+
+def test_the_command_runs_a_local_task_offline(tmp_path, base, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    # What it ships takes long to index; its log would keep the captured stream.
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
+    monkeypatch.setattr("lm_eval.__main__.setup_logging", lambda: None)
+    results = ["--output_path", str(tmp_path / "results.json")]
+    monkeypatch.setattr(sys, "argv", ["lm-eval", *documented(tmp_path, base), *results])
+    main()
+    assert "|acc_norm|" in capsys.readouterr().out
+    [path] = tmp_path.glob("results*.json")
+    written = json.loads(path.read_text())
+    assert written["config"]["cachefold"]["policy"]["cr"] == 4
+    assert written["n-samples"]["my-piqa"]["original"] == 1200
+
+
+@pytest.mark.slow
+def test_the_module_is_the_command(tmp_path, base):
+    environment = os.environ | {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    ran = subprocess.run(
+        [sys.executable, "-m", "cachefold.evaluation.lm_eval_adapter", *documented(tmp_path, base)],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert "|acc_norm|" in ran.stdout and "| cr " in ran.stderr

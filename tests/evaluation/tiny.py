@@ -24,6 +24,18 @@ def tiny_tokenizer(**changes: Any) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
 
 
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, 260 in all: it tells any two texts apart."""
+    tokens = (*_SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()))
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    )
+
+
 def rows_of(count: int) -> list[dict[str, Any]]:
     """Questions with two answers of different lengths."""
     return [

@@ -94,6 +94,8 @@ def test_what_is_no_dial_refuses() -> None:
             new_cache(fixed, **options)
         with pytest.raises(ValueError, match="this model has none"):
             fixed.generate(random_ids(1, 4), max_new_tokens=1, **options)
+        with pytest.raises(ValueError, match="this model has none"):
+            turn_dial(fixed, {}, **options)
     with pytest.raises(ValueError, match="this model has none"):
         new_cache(fold(tiny_model(), TOVA(cr=2)), cr=2.0)
     with pytest.raises(ValueError, match="this model has none"):
@@ -102,7 +104,7 @@ def test_what_is_no_dial_refuses() -> None:
     with pytest.raises(ValueError, match="no dial to calibrate"):
         calibrate(fixed, {"bulk": random_ids(1, 40)})
     model = dialled()
-    for cr in (0.5, 8.1):
+    for cr in (0.5, 8.1, "4"):
         with pytest.raises(ValueError, match="serves cr from 1 to 8"):
             new_cache(model, cr=cr)
     with pytest.raises(ValueError, match="unknown preset 'code'"):
