@@ -5,6 +5,8 @@ Legend: B batch, H query heads, K kv heads, T tokens, D head dim, E hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -19,8 +21,8 @@ LINEAR_ALPHA_BIAS = -4.0
 DIAL_SLOPE = 7.0
 """Merge logits per position of the dial before training: trained logits are spread over tens."""
 SPARED = 1.5
-"""Positions of the dial by which heads that are spared stay behind: at ratios from 3 to 8 most of
-them keep nearly all tokens."""
+"""Positions of the dial by which heads that are spared stay behind: at a ratio of 4 they keep
+nearly all tokens."""
 
 
 class LinearDecision(nn.Module):
@@ -65,17 +67,25 @@ class LinearDecision(nn.Module):
         self.growth = nn.Parameter(growth) if proportional else None
         self.weighs = weighs
 
-    @torch.no_grad()
-    def spare(self, head: int) -> None:
-        """Makes a head merge as if the dial stood `SPARED` positions lower; it may unlearn that.
+    def spare(self, heads: Sequence[int]) -> None:
+        """Makes heads merge as if the dial stood `SPARED` positions lower, and holds them there.
+
+        Training leaves them alone from then on. Else it takes them back: what they are there for
+        is rare in most text, and all heads are pressed alike to merge.
 
         >>> decision = LinearDecision(4, 2)
-        >>> decision.spare(1)
+        >>> decision.spare([1])
         >>> decision(None, None, torch.ones(1, 1, 4))[0].flatten().tolist()
         [-4.0, -14.5]
         """
-        slope = DIAL_SLOPE / LINEAR_SCALE if self.slope is None else self.slope[head].abs()
-        self.bias[head] -= SPARED * slope
+        rows = list(heads)
+        with torch.no_grad():
+            slope = self.bias.new_tensor(DIAL_SLOPE / LINEAR_SCALE)
+            self.bias[rows] -= SPARED * (slope if self.slope is None else self.slope[rows].abs())
+        held = torch.tensor(rows)
+        for parameter in (self.weight, self.bias, self.slope):
+            if parameter is not None:
+                parameter.register_hook(lambda grad: grad.index_fill(0, held.to(grad.device), 0.0))
 
     @property
     def size_weight(self) -> Tensor | None:

@@ -90,8 +90,8 @@ class TrainConfig:
     dtype: str = "bfloat16"
     """`bfloat16` or `float32`; of the base weights and the matrix products."""
     spare: list[list[int]] = field(default_factory=list)
-    """Heads that start out merging later than others, [layer, kv head] each: those that look words
-    up far back (retrieval heads). The others compress the more, for the ratio that is asked for."""
+    """Heads that merge later than others, [layer, kv head] each: those that look words up far back
+    (retrieval heads). Their decisions stay as they start, and the others compress the more."""
     gradient_checkpointing: bool = False
     """Trade compute for memory in the backward pass."""
     tensorboard: bool = False

@@ -61,7 +61,7 @@ def prepare(model: PreTrainedModel, config: RetrofitConfig) -> PreTrainedModel |
 
 
 def spare_heads(model: PreTrainedModel, heads: Sequence[Sequence[int]]) -> None:
-    """Makes heads of a prepared model start out merging later than the others.
+    """Makes heads of a prepared model merge later than the others, whatever it learns.
 
     Args:
         model: folded, with decisions that are projections.
@@ -84,7 +84,7 @@ def spare_heads(model: PreTrainedModel, heads: Sequence[Sequence[int]]) -> None:
             raise ValueError(
                 f"train.spare: layer {layer} has kv heads 0 to {count - 1}, got {head}"
             )
-        decision.spare(head)
+        decision.spare([head])
 
 
 def start_from(model: PreTrainedModel, config: RetrofitConfig) -> None:
