@@ -1,8 +1,9 @@
-"""What README and docs say works: Python runs, commands parse, files are there."""
+"""What README and docs say works: Python runs, commands parse, files are there, figures agree."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import runpy
 import shlex
@@ -13,6 +14,7 @@ import pytest
 import typer
 
 from cachefold.cli import app
+from cachefold.evaluation.report import markdown, read
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -30,6 +32,7 @@ EXAMPLES = [
     (README.name, "\n".join(block for page, block in PYTHON if page == README)),
     *((page.name, block) for page, block in PYTHON if page != README),
 ]
+RESULTS = ROOT / "docs" / "results"
 
 
 def comments(path: Path) -> str:
@@ -112,3 +115,32 @@ def test_there_are_exactly_two_commands_for_a_fresh_machine():
     makefile = (ROOT / "Makefile").read_text()
     assert all(f"\n{name}:" in makefile for name in makes)
     assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in RESULTS.glob("*.json")))
+def test_a_page_has_the_command_that_made_a_file_of_results(name):
+    command = json.loads((RESULTS / name).read_text()).get("command")
+    # The ablations are many runs of a script, which says its commands itself.
+    assert (command is None) == (name == "ablations.json")
+    assert command is None or sorted(shlex.split(command)) in [sorted(words) for words in COMMANDS]
+
+
+def table(name: str) -> list[str]:
+    """Lines of the table that the command line prints of a report."""
+    lines = markdown(read(RESULTS / name)).splitlines()
+    return [line for line in lines if line.startswith("|")]
+
+
+@pytest.mark.parametrize("name", ["methods.json", "ratio-2.05.json"])
+def test_tables_of_methods_are_those_of_their_files(name):
+    assert "\n".join(table(name)) in (RESULTS / "methods.md").read_text()
+
+
+def test_the_table_of_tasks_has_the_figures_of_its_file():
+    """Its rows have shorter names and the tasks alone, which stand last in a report."""
+    tasks = len(read(RESULTS / "tasks.json")["tasks"])
+    ends = [line.split("| ", line.count("|") - tasks)[-1] for line in table("tasks.json")]
+    page = (RESULTS / "methods.md").read_text().splitlines()
+    start = next(i for i, line in enumerate(page) if line.endswith(f"| {ends[0]}"))
+    for line, end in zip(page[start : start + len(ends)], ends, strict=True):
+        assert line.endswith(f"| {end}")
