@@ -1,15 +1,20 @@
-"""What README and docs say works: Python runs, commands exist, linked files are there."""
+"""What README and docs say works: Python runs, commands parse, files are there, figures agree."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import re
+import runpy
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+import typer
 
 from cachefold.cli import app
+from cachefold.evaluation.report import markdown, read
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -27,15 +32,35 @@ EXAMPLES = [
     (README.name, "\n".join(block for page, block in PYTHON if page == README)),
     *((page.name, block) for page, block in PYTHON if page != README),
 ]
-COMMANDS = sorted(
-    {
-        line.partition("#")[0].strip()
-        for _, language, block in BLOCKS
-        if not language
-        for line in block.splitlines()
-        if line.startswith("cachefold ")
-    }
-)
+RESULTS = ROOT / "docs" / "results"
+
+
+def comments(path: Path) -> str:
+    """What stands in lines of comment alone; other lines are empty, so that paragraphs end."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return "\n".join(line.strip("# ") if line.startswith("#") else "" for line in lines)
+
+
+def inline(text: str) -> list[str]:
+    """Code between backticks, which may go over the end of a line but not of a paragraph."""
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    return [" ".join(code.split()) for code in re.findall(r"`((?:[^`\n]|\n(?!\s*\n))+)`", prose)]
+
+
+def commands() -> list[str]:
+    """All command lines that a reader may type."""
+    blocks = [block.splitlines() for _, language, block in BLOCKS if not language]
+    # Scripts say how to call them; cards of artefacts are pages too.
+    blocks += [path.read_text().splitlines() for path in (ROOT / "benchmarks").glob("*.py")]
+    lines = [line.partition("#")[0].strip() for block in blocks for line in block]
+    cards = [path.read_text(encoding="utf-8") for path in ROOT.glob("artefacts/*/README.md")]
+    pages = [page.read_text(encoding="utf-8") for page in PAGES]
+    recipes = [comments(path) for path in (ROOT / "recipes").rglob("*.yaml")]
+    lines += [code for text in (*pages, *cards, *recipes) for code in inline(text)]
+    return sorted({line for line in lines if re.match(r"cachefold |python \S+\.py\b", line)})
+
+
+COMMANDS = [shlex.split(command) for command in commands()]
 
 
 @pytest.mark.parametrize(("page", "example"), EXAMPLES)
@@ -45,13 +70,36 @@ def test_python_examples_run(page, example, monkeypatch):
     exec(compile(example, page, "exec"), {})
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands_exist_with_these_options(command):
-    verb, *rest = shlex.split(command)[1:]
-    usage = CliRunner().invoke(app, [verb, "--help"])
-    assert usage.exit_code == 0
-    for option in (word.partition("=")[0] for word in rest if word.startswith("--")):
-        assert option in usage.output
+@pytest.mark.parametrize("words", [w for w in COMMANDS if w[0] == "cachefold"], ids=" ".join)
+def test_commands_parse(words):
+    verb, *rest = words[1:]
+    parser = typer.main.get_command(app).get_command(None, verb)
+    assert parser is not None
+    if rest:  # a verb alone is only named
+        parser.make_context(verb, rest)
+
+
+@pytest.mark.parametrize("words", [w for w in COMMANDS if w[0] == "python"], ids=" ".join)
+def test_scripts_take_these_arguments(words, monkeypatch):
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(parser):
+        parse(parser)
+        raise InterruptedError
+
+    monkeypatch.setattr(sys, "argv", words[1:])
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    with pytest.raises(InterruptedError):
+        runpy.run_path(str(ROOT / words[1]), run_name="__main__")
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_files_in_commands_exist_or_are_made_by_a_run(words):
+    named = [part for word in words for part in re.split(r"[,+=\[\]]", word) if "/" in part]
+    if words[1] == "reproduce" and words[2].islower():
+        named += [f"artefacts/{words[2]}", f"recipes/{words[2]}.yaml"]
+    missing = [path for path in named if not (ROOT / path).exists()]
+    assert all(path.startswith("runs/") for path in missing), missing
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -67,3 +115,32 @@ def test_there_are_exactly_two_commands_for_a_fresh_machine():
     makefile = (ROOT / "Makefile").read_text()
     assert all(f"\n{name}:" in makefile for name in makes)
     assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in RESULTS.glob("*.json")))
+def test_a_page_has_the_command_that_made_a_file_of_results(name):
+    command = json.loads((RESULTS / name).read_text()).get("command")
+    # The ablations are many runs of a script, which says its commands itself.
+    assert (command is None) == (name == "ablations.json")
+    assert command is None or sorted(shlex.split(command)) in [sorted(words) for words in COMMANDS]
+
+
+def table(name: str) -> list[str]:
+    """Lines of the table that the command line prints of a report."""
+    lines = markdown(read(RESULTS / name)).splitlines()
+    return [line for line in lines if line.startswith("|")]
+
+
+@pytest.mark.parametrize("name", ["methods.json", "ratio-2.05.json"])
+def test_tables_of_methods_are_those_of_their_files(name):
+    assert "\n".join(table(name)) in (RESULTS / "methods.md").read_text()
+
+
+def test_the_table_of_tasks_has_the_figures_of_its_file():
+    """Its rows have shorter names and the tasks alone, which stand last in a report."""
+    tasks = len(read(RESULTS / "tasks.json")["tasks"])
+    ends = [line.split("| ", line.count("|") - tasks)[-1] for line in table("tasks.json")]
+    page = (RESULTS / "methods.md").read_text().splitlines()
+    start = next(i for i, line in enumerate(page) if line.endswith(f"| {ends[0]}"))
+    for line, end in zip(page[start : start + len(ends)], ends, strict=True):
+        assert line.endswith(f"| {end}")

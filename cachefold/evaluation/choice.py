@@ -52,8 +52,8 @@ class Choice:
         """Rows of the data file; see `Task`."""
         name = f"eval/{self.file or self.name}.jsonl.gz"
         if not self.by_subject:
-            return _checked(read_rows(name, self.fields, limit))
-        return _checked(_in_turn(read_rows(name, self.fields))[:limit])
+            return read_rows(name, self.fields, limit, _wrong)
+        return _in_turn(read_rows(name, self.fields, wrong=_wrong))[:limit]
 
     def evaluate(self, rows: Sequence[Row], subject: Subject) -> Iterator[Row]:
         """Scores rows; results also say all logprobs in nats."""
@@ -115,14 +115,15 @@ def _scored_blocks(
         yield block, [list(itertools.islice(scored, len(one))) for one in made]
 
 
-def _checked(rows: list[Row]) -> list[Row]:
-    for row in rows:
-        if row["gold"] not in range(len(row["choices"])) or not all(row["choices"]):
-            raise ValueError(
-                f"row {row['id']}: gold must be an index into its non-empty choices, got "
-                f"{row['gold']!r} and {row['choices']!r}"
-            )
-    return rows
+def _wrong(row: Row) -> str | None:
+    """What is wrong with choices and gold; None = nothing."""
+    choices, gold = row["choices"], row["gold"]
+    texts = isinstance(choices, list) and all(isinstance(one, str) and one for one in choices)
+    if not (texts and choices):
+        return f"choices must be a list of texts, none of them empty, got {choices!r}"
+    if type(gold) is not int or gold not in range(len(choices)):
+        return f"gold must be the index of a choice, 0 to {len(choices) - 1}, got {gold!r}"
+    return None
 
 
 def _in_turn(rows: Sequence[Row]) -> list[Row]:
@@ -184,7 +185,8 @@ def _lettered(row: Row) -> str:
 def _examples() -> dict[str, list[Row]]:
     """The five solved questions of every MMLU subject."""
     found: dict[str, list[Row]] = defaultdict(list)
-    for row in read_rows("eval/mmlu_dev.jsonl.gz", ("subject", "query", "choices", "gold")):
+    fields = ("subject", "query", "choices", "gold")
+    for row in read_rows("eval/mmlu_dev.jsonl.gz", fields, wrong=_wrong):
         found[row["subject"]].append(row)
     return dict(found)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -165,16 +165,23 @@ def data_file(name: str) -> Path:
     )
 
 
-def read_rows(name: str, required: Sequence[str], limit: int | None = None) -> list[dict[str, Any]]:
+def read_rows(
+    name: str,
+    required: Sequence[str],
+    limit: int | None = None,
+    wrong: Callable[[dict[str, Any]], str | None] = lambda row: None,
+) -> list[dict[str, Any]]:
     """Reads rows of a data file.
 
     Args:
         name: as in `data_file`.
         required: fields every row must have, beside `id`.
         limit: rows from the beginning; None = all.
+        wrong: says what is wrong with a row that has them; None = nothing.
 
     Raises:
-        ValueError: missing file, a broken line, or a field that is missing; names file and line.
+        ValueError: missing file, a broken line, a field that is missing or wrong; names file and
+            line.
     """
     check_limit(limit)
     rows: list[dict[str, Any]] = []
@@ -184,6 +191,8 @@ def read_rows(name: str, required: Sequence[str], limit: int | None = None) -> l
         missing = [field for field in ("id", *required) if field not in row]
         if missing:
             raise ValueError(f"{place}: the row has no {', '.join(map(repr, missing))}")
+        if complaint := wrong(row):
+            raise ValueError(f"{place}: {complaint}")
         rows.append(row)
     return rows
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import math
 
 import pytest
@@ -104,15 +105,32 @@ def test_blocks_change_nothing(monkeypatch):
         assert one["id"] == other["id"] and one["logprobs"] == pytest.approx(other["logprobs"])
 
 
-def test_a_wrong_gold_is_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("choices", "gold", "message"),
+    [
+        ('["b", "c"]', "2", "gold must be the index of a choice, 0 to 1, got 2"),
+        ('["b", "c"]', "-1", "gold .* got -1"),
+        ('["b", "c"]', '"1"', "gold .* got '1'"),
+        ('["b", "c"]', "1.0", "gold .* got 1.0"),
+        ('["b", "c"]', "true", "gold .* got True"),
+        ("5", "0", "choices must be a list of texts, none of them empty, got 5"),
+        ("null", "0", "choices .* got None"),
+        ("[]", "0", "choices .* got \\[\\]"),
+        ('["b", ""]', "0", "choices .* got \\['b', ''\\]"),
+        ('["b", 7]', "0", "choices .* got \\['b', 7\\]"),
+    ],
+)
+@pytest.mark.parametrize(("name", "file"), [("piqa", "piqa"), ("mmlu", "mmlu_test")])
+def test_a_broken_row_names_file_and_line(
+    name, file, choices, gold, message, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / "eval").mkdir(parents=True)
-    path = tmp_path / "data" / "eval" / "piqa.jsonl"
-    path.with_suffix(".jsonl.gz").write_bytes(__import__("gzip").compress(
-        b'{"id": "a", "query": "x", "choices": ["b", "c"], "gold": 2}\n'
-    ))  # fmt: skip
-    with pytest.raises(ValueError, match="row a: gold must be an index"):
-        get_task("piqa").rows(None)
+    row = '{"id": "a", "subject": "s", "query": "x", "choices": %s, "gold": %s}\n'
+    lines = row % ('["b", "c"]', "1") + row % (choices, gold)
+    (tmp_path / "data" / "eval" / f"{file}.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    with pytest.raises(ValueError, match=rf"{file}.jsonl.gz:2: {message}"):
+        get_task(name).rows(None)
 
 
 @pytest.mark.slow
