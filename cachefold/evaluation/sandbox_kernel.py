@@ -23,15 +23,18 @@ _INSIDE_UID = 1000
 
 _ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _X32 = 0x40000000
-# Calls that start processes or threads, open sockets, reach other processes or leave the group.
+# Calls that start processes or threads, open sockets, make devices and named pipes, reach other
+# processes or leave the group.
 _REFUSED = {
     "x86_64": (
-        41, 56, 57, 58, 59, 101, 109, 112, 129, 141, 155, 161, 165, 166, 200, 203, 248, 249, 250,
-        272, 297, 298, 308, 310, 311, 321, 322, 323, 424, 425, 428, 429, 430, 434, 435, 442,
+        41, 56, 57, 58, 59, 101, 109, 112, 129, 133, 141, 142, 144, 155, 161, 165, 166, 200, 203,
+        248, 249, 250, 259, 272, 297, 298, 308, 310, 311, 314, 321, 322, 323, 424, 425, 428, 429,
+        430, 434, 435, 442,
     ),
     "aarch64": (
-        39, 40, 41, 51, 97, 117, 122, 130, 138, 140, 154, 157, 198, 217, 218, 219, 220, 221, 240,
-        241, 268, 270, 271, 280, 281, 282, 424, 425, 428, 429, 430, 434, 435, 442,
+        33, 39, 40, 41, 51, 97, 117, 118, 119, 122, 130, 138, 140, 154, 157, 198, 217, 218, 219,
+        220, 221, 240, 241, 268, 270, 271, 274, 280, 281, 282, 424, 425, 428, 429, 430, 434, 435,
+        442,
     ),
 }  # fmt: skip
 # kill and tgkill: allowed towards the process itself, which `abort` needs.
@@ -121,8 +124,9 @@ def drop_capabilities() -> None:
 def filter_calls() -> None:
     """Refuses, with EPERM, the system calls a program of functions and tests doesn't need.
 
-    Needs `drop_capabilities` before it. New processes, new threads, sockets, tracing, mounts,
-    signals to others and other sessions are refused; see seccomp(2).
+    Needs `drop_capabilities` before it. New processes, new threads, sockets, new devices and named
+    pipes, tracing, mounts, scheduling, signals to others by `kill` and other sessions are refused;
+    see seccomp(2). The filter can't see paths, nor what a handle was opened for.
 
     Raises:
         OSError: the kernel refuses, or the architecture is not known here.
