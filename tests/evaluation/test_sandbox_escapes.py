@@ -60,10 +60,37 @@ def test_files_outside_the_folder_are_not_written(box, tmp_path):
         f"import os; d = os.open({str(tmp_path)!r}, os.O_RDONLY)\n"
         "os.open('kept', os.O_WRONLY | os.O_TRUNC, dir_fd=d)",
         f"import sqlite3; sqlite3.connect({str(link)!r}).execute('create table t (x)')",
+        f"import os; os.mknod({str(link)!r})",
+        f"import os; os.mkfifo({str(link)!r})",
     ):
         lost(box, attempt)
     assert os.listdir(tmp_path) == ["kept"] and target.read_text() == "kept"
     assert not (tmp_path.parent / "up").exists()
+
+
+def test_files_outside_the_folder_are_not_changed_through_a_handle(box, tmp_path):
+    target = tmp_path / "kept"
+    target.write_text("kept")
+    before = _state(target)
+    for change in (
+        "os.chmod(f, 0o640)",
+        "os.fchmod(f, 0o640)",
+        "os.chown(f, -1, os.getgid())",
+        "os.utime(f, (1, 1))",
+        "os.setxattr(f, 'user.x', b'x')",
+        "os.truncate(f, 0)",
+        "fcntl.ioctl(f, 0x40086602, b'\\x40' + bytes(7))",  # FS_IOC_SETFLAGS: no dump
+        "mmap.mmap(f, 4, access=mmap.ACCESS_WRITE)[0] = 1",
+        "open(f'/proc/self/fd/{f}', 'w')",
+    ):
+        opened = f"import fcntl, mmap, os\nf = os.open({str(target)!r}, os.O_RDONLY)\n"
+        assert "NameError" not in lost(box, opened + change).reason
+        assert _state(target) == before and target.read_text() == "kept", change
+
+
+def _state(path):
+    found = os.stat(path)
+    return found.st_mode, found.st_uid, found.st_gid, found.st_mtime_ns, found.st_ctime_ns
 
 
 def test_the_folder_can_be_written_and_goes_away(box):
@@ -86,6 +113,17 @@ def test_no_network(box):
             server.accept()
 
 
+# The kernel sends the owner of a pipe a signal of our choice (F_SETSIG, 10) when it is written.
+OWNED = """
+import fcntl, os, struct
+r, w = os.pipe()
+fcntl.fcntl(r, {owner})
+fcntl.fcntl(r, 10, 9)
+fcntl.fcntl(r, fcntl.F_SETFL, os.O_ASYNC)
+os.write(w, b"x")
+"""
+
+
 def test_signals_do_not_reach_others(box):
     other = subprocess.Popen(["sleep", "60"])
     try:
@@ -93,10 +131,22 @@ def test_signals_do_not_reach_others(box):
             box.run(f"import os\nos.kill({target}, 9)")
             box.run(f"import os\nos.kill(os.getppid() or {target}, 9)")
         lost(box, f"import os\nos.killpg({os.getpgid(0)}, 9)")
+        lost(box, f"import os, signal\nsignal.pidfd_send_signal(os.pidfd_open({other.pid}), 9)")
+        lost(box, OWNED.format(owner=f"fcntl.F_SETOWN, {other.pid}"))
+        lost(box, OWNED.format(owner=f"15, struct.pack('2i', 1, {other.pid})"))  # F_SETOWN_EX
         assert other.poll() is None
     finally:
         other.kill()
         other.wait()
+
+
+@pytest.mark.parametrize(
+    "call",
+    ["setpriority(os.PRIO_PROCESS, 0, 19)", "sched_setaffinity(0, os.sched_getaffinity(0))",
+     "sched_setparam(0, os.sched_param(0))", "sched_setscheduler(0, 0, os.sched_param(0))"],
+)  # fmt: skip
+def test_priorities_are_not_changed(box, call):
+    lost(box, f"import os\nos.{call}")
 
 
 def test_the_environment_is_not_passed_on(box, monkeypatch):
