@@ -100,6 +100,18 @@ def test_the_folder_can_be_written_and_goes_away(box):
     assert outcome.passed and not Path(outcome.output.strip()).parent.exists()
 
 
+def test_usual_work_with_files_is_allowed(box):
+    outcome = box.run(
+        "import os, pathlib, shutil, tempfile\n"
+        "with tempfile.TemporaryDirectory() as d: pathlib.Path(d, 'a').write_text('x')\n"
+        "p = pathlib.Path('b/c'); p.mkdir(parents=True); p.joinpath('f').touch()\n"
+        "shutil.copytree('b', 'e'); os.rename('b', 'g'); shutil.rmtree('g')\n"
+        "f = os.open('e/c/f', os.O_RDWR); os.fchmod(f, 0o600); os.ftruncate(f, 9); os.utime(f)\n"
+        "assert os.path.exists('e/c/f') and not os.path.exists('g')"
+    )
+    assert outcome.passed, outcome
+
+
 def test_no_network(box):
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0.0)
