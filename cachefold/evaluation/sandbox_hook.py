@@ -14,6 +14,7 @@ import os
 import posix
 import stat
 import sys
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -21,22 +22,24 @@ _WRITING_MODES = frozenset("wax+")
 _DEVICES = frozenset({"/dev/null", "/dev/random", "/dev/urandom", "/dev/zero"})
 _REFUSED = frozenset(
     {
-        # A symbolic link is followed by whoever removes the folder; `ioctl` changes files through
-        # handles that only read.
-        "fcntl.ioctl", "os.symlink",
+        # A new interpreter has no hook, a symbolic link is followed by whoever removes the folder,
+        # and `ioctl` changes files through handles that only read.
+        "cpython.PyInterpreterState_New", "fcntl.ioctl", "os.symlink",
         "os.exec", "os.fork", "os.forkpty", "os.kill", "os.killpg", "os.posix_spawn", "os.spawn",
         "os.system", "pty.spawn", "resource.prlimit", "resource.setrlimit", "sqlite3.connect",
         "subprocess.Popen", "syslog.syslog",
     }
 )  # fmt: skip
 _REFUSED_FAMILIES = ("ctypes.", "socket.", "ftplib.", "http.", "imaplib.", "smtplib.")
-# `posix` would come back whole.
+# They write files or start processes unannounced; `posix` would come back whole.
 _REFUSED_MODULES = frozenset(
     {
         "_ctypes", "_dbm", "_gdbm", "_multiprocessing", "_posixshmem", "_posixsubprocess",
-        "posix",
+        "_tkinter", "posix", "readline",
     }
 )  # fmt: skip
+# Whose compiled modules may be loaded: what others write to is not announced.
+_COMPILED = sys.stdlib_module_names | {"numpy"}
 # How many of the first arguments are paths or handles that are changed.
 _CHANGING = {
     "os.chflags": 1, "os.chmod": 1, "os.chown": 1, "os.lchmod": 1, "os.link": 2,
@@ -55,14 +58,15 @@ _UNANNOUNCED = (
 def install(folder: str) -> None:
     """From now on this interpreter raises PermissionError where a program leaves its place.
 
-    Refused are processes, sockets, signals, `ctypes`, symbolic links, handles on folders and
-    devices, and changing anything outside `folder`. Threads are not announced by every
-    Python, so they are not refused. It can't be taken back.
+    Refused are processes, sockets, signals, `ctypes`, compiled modules but Python's own and
+    numpy's, symbolic links, handles on folders and devices, and changing anything outside `folder`.
+    Threads are not announced by every Python, so they are not refused. It can't be taken back.
 
     Args:
         folder: where files may be written.
     """
     root = os.path.realpath(folder)
+    homes = tuple(os.path.abspath(home) for home in sys.path)
     _take_away()
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -71,7 +75,7 @@ def install(folder: str) -> None:
         elif event in _CHANGING:
             allowed = all(_is_within(root, path) for path in arguments[: _CHANGING[event]])
         elif event == "import":
-            allowed = arguments[0] not in _REFUSED_MODULES
+            allowed = _may_import(homes, *arguments[:2])
         elif event == "fcntl.fcntl":
             allowed = arguments[1] not in _REFUSED_CONTROLS
         else:
@@ -91,6 +95,10 @@ def _take_away() -> None:
                 setattr(module, name, _refuse)
     # Handles on folders are refused, so `shutil` should not try. The set holds `os.mknod`, too.
     os.supports_dir_fd.clear()
+    # Loaded by the sandbox itself, so they would not be announced again.
+    for name in tuple(sys.modules):
+        if name.partition(".")[0] in ("_ctypes", "cachefold", "ctypes"):
+            del sys.modules[name]
 
 
 def _refuse(*_: object, **__: object) -> NoReturn:
@@ -128,3 +136,18 @@ def _place(path: Any) -> str | None:
         # That a handle is open says nothing: one that only reads is enough to change the mode.
         return os.readlink(f"/proc/self/fd/{path}")
     return os.path.realpath(os.fsdecode(path)) if type(path) in (bytes, str) else None
+
+
+def _may_import(homes: Sequence[str], name: str, file: Any) -> bool:
+    """Whether a module may be looked for, or, given its file, a compiled one be loaded."""
+    if file is None:
+        return name not in _REFUSED_MODULES
+    # By its file, since a program chooses the name; its own files are not among the homes.
+    place = os.path.abspath(file) if type(file) is str else ""
+    if os.path.basename(place).partition(".")[0] in _REFUSED_MODULES:
+        return False
+    return any(
+        place.startswith(home + os.sep)
+        and place[len(home) + 1 :].partition(os.sep)[0].partition(".")[0] in _COMPILED
+        for home in homes
+    )

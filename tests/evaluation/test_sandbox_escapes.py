@@ -167,11 +167,6 @@ def test_the_environment_is_not_passed_on(box, monkeypatch):
     assert outcome.passed and "s3cret" not in outcome.output
 
 
-def test_a_hook_is_not_to_be_had_round_by_ctypes():
-    for protection in ("seccomp", "audit"):
-        lost(Sandbox(timeout=20.0, protection=protection), "import ctypes; ctypes.CDLL(None)")
-
-
 RAW = """
 import ctypes, os, struct
 libc = ctypes.CDLL(None, use_errno=True)

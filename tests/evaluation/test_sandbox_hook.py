@@ -74,11 +74,39 @@ def test_paths_that_answer_for_themselves_are_refused(hooked, tmp_path, source):
 @pytest.mark.parametrize(
     "writing",
     ["import ssl; ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).keylog_filename = {new!r}",
+     "import tkinter; tkinter.Tcl().eval('close [open {new} w]')",
+     "import readline; readline.add_history('x'); readline.write_history_file({new!r})",
+     "import numpy, safetensors.numpy as s; s.save_file({{'a': numpy.ones(1)}}, {new!r})",
+     "import _xxsubinterpreters as s; s.run_string(s.create(), \"open({new!r}, 'w')\")",
+     "import sys; sys.modules['cachefold.evaluation.sandbox_hook']._CHANGING.clear()",
      "import os, sys; del sys.modules['posix']; import posix; posix.mknod({new!r})"],
 )  # fmt: skip
 def test_files_are_not_written_where_python_says_nothing(hooked, tmp_path, writing):
     assert "SyntaxError" not in lost(hooked, writing.format(new=str(tmp_path / "new"))).reason
     assert os.listdir(tmp_path) == []
+
+
+LOAD = """
+import importlib.util as u, shutil, _json
+spec = u.spec_from_file_location({name!r}, {file})
+u.module_from_spec(spec)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("x._posixsubprocess", "_json.__file__.replace('_json', '_posixsubprocess')"),
+        ("_json", "shutil.copyfile(_json.__file__, '_json.so')"),
+    ],
+)
+def test_compiled_modules_are_known_by_their_file(hooked, name, file):
+    assert lost(hooked, LOAD.format(name=name, file=file)).reason.startswith("ImportError")
+
+
+@pytest.mark.parametrize("use", ["ctypes.CDLL(None)", "ctypes.CFUNCTYPE(None)(1)"])
+def test_ctypes_is_not_to_be_had(hooked, use):
+    assert lost(hooked, f"import ctypes; {use}").reason.startswith("ImportError")
 
 
 def test_the_folder_itself_stays(hooked):
