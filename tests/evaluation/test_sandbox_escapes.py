@@ -93,6 +93,17 @@ def _state(path):
     return found.st_mode, found.st_uid, found.st_gid, found.st_mtime_ns, found.st_ctime_ns
 
 
+def test_devices_are_not_opened(box):
+    ours, theirs = os.openpty()
+    try:
+        for flags in ("os.O_RDONLY", "os.O_WRONLY", "os.O_RDWR"):
+            lost(box, f"import os; os.open({os.ttyname(theirs)!r}, {flags} | os.O_NOCTTY)")
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert box.run("open('/dev/null', 'w').write('x'); open('/dev/urandom', 'rb').read(1)").passed
+
+
 def test_the_folder_can_be_written_and_goes_away(box):
     source = "import os, tempfile\nopen('a', 'w').write('x')\nprint(os.path.realpath('a'))\n"
     source += "os.mkdir('d'); tempfile.TemporaryFile().write(b'x'); os.remove('a')"
