@@ -30,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
@@ -128,7 +129,7 @@ class Sandbox:
         """The outcome, or why the sandbox could not be set up."""
         token = secrets.token_hex(16)
         reader, writer = os.pipe()
-        with tempfile.TemporaryDirectory(prefix="cachefold-") as folder, open(reader, "rb") as pipe:
+        with _own_folder() as folder, open(reader, "rb") as pipe:
             # Surrogates can't be stored; such a program would not run anyway.
             text = source.encode("utf-8", errors="replace")
             Path(folder, "program.py").write_bytes(text)
@@ -150,6 +151,19 @@ class Sandbox:
             passed=passed, reason=reason, output=watched.output, seconds=watched.seconds,
             protection=protection,
         )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _own_folder() -> Iterator[str]:
+    """An empty folder that is gone afterwards, however deep a program has made it."""
+    folder = tempfile.TemporaryDirectory(prefix="cachefold-")
+    try:
+        yield folder.name
+    finally:
+        try:
+            folder.cleanup()
+        except RecursionError:
+            subprocess.run(["rm", "-rf", "--", folder.name], check=True)
 
 
 @dataclass(slots=True)

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -121,6 +122,14 @@ def test_usual_work_with_files_is_allowed(box):
         "assert os.path.exists('e/c/f') and not os.path.exists('g')"
     )
     assert outcome.passed, outcome
+
+
+def test_a_folder_deeper_than_the_stack_goes_away(box, tmp_path, monkeypatch, request):
+    # Were it left, pytest could not remove it either.
+    request.addfinalizer(lambda: subprocess.run(["rm", "-rf", str(tmp_path)], check=True))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert box.run("import os\nfor _ in range(2000): os.mkdir('d'); os.chdir('d')").passed
+    assert os.listdir(tmp_path) == []
 
 
 def test_no_network(box):
