@@ -4,13 +4,17 @@ What a program gets: an empty folder, no input, no network, no processes or thre
 share of time and memory. What stands behind it is said with each result, strongest first:
 
 - `namespaces`: new user, process, network and mount namespaces; every file system is read-only but
-  for a small disk in memory; system calls are filtered (seccomp). The kernel stands for it.
+  for a small disk in memory, and devices are shut; system calls are filtered (seccomp). The kernel
+  stands for it.
 - `seccomp`: where namespaces are not allowed, as in many containers: the filter of system calls,
-  and an audit hook that refuses to write outside the folder.
-- `audit`: the hook alone. It stops mistakes and plain attacks, not an expert; threads may start.
+  and an audit hook that refuses to write outside the folder. The filter can't see paths, so files
+  outside are as safe as under `audit`. Compiled packages but numpy are not to be had.
+- `audit`: the hook alone. It stops mistakes and plain attacks, not an expert, who can change the
+  interpreter that runs the hook; threads may start, and two of them can race it.
 
-Limits on time, memory, file size and open files hold in all three. A program can read what the
-user can read; its environment is empty, and only the result leaves it.
+Limits on time, memory, file size and open files hold in all three; what all files hold together is
+bounded by the first alone. A program can read what the user can read; its environment is empty,
+and only the result leaves it.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
@@ -124,7 +129,7 @@ class Sandbox:
         """The outcome, or why the sandbox could not be set up."""
         token = secrets.token_hex(16)
         reader, writer = os.pipe()
-        with tempfile.TemporaryDirectory(prefix="cachefold-") as folder, open(reader, "rb") as pipe:
+        with _own_folder() as folder, open(reader, "rb") as pipe:
             # Surrogates can't be stored; such a program would not run anyway.
             text = source.encode("utf-8", errors="replace")
             Path(folder, "program.py").write_bytes(text)
@@ -146,6 +151,19 @@ class Sandbox:
             passed=passed, reason=reason, output=watched.output, seconds=watched.seconds,
             protection=protection,
         )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _own_folder() -> Iterator[str]:
+    """An empty folder that is gone afterwards, however deep a program has made it."""
+    folder = tempfile.TemporaryDirectory(prefix="cachefold-")
+    try:
+        yield folder.name
+    finally:
+        try:
+            folder.cleanup()
+        except RecursionError:
+            subprocess.run(["rm", "-rf", "--", folder.name], check=True)
 
 
 @dataclass(slots=True)

@@ -15,23 +15,27 @@ import struct
 _NEW_USER, _NEW_PID, _NEW_NET, _NEW_IPC, _NEW_NS = (
     0x10000000, 0x20000000, 0x40000000, 0x08000000, 0x00020000,
 )  # fmt: skip
-_NOSUID, _NODEV, _REC, _PRIVATE = 2, 4, 0x4000, 0x40000
+_NOSUID, _NODEV, _BIND, _REC, _PRIVATE = 2, 4, 0x1000, 0x4000, 0x40000
 _MOUNT_SETATTR, _AT_FDCWD, _AT_RECURSIVE, _READ_ONLY = 442, -100, 0x8000, 1
+_DEVICES = ("/dev/null", "/dev/random", "/dev/urandom", "/dev/zero")
 _PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 22, 38
 _SIGKILL = 9
 _INSIDE_UID = 1000
 
 _ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _X32 = 0x40000000
-# Calls that start processes or threads, open sockets, reach other processes or leave the group.
+# Calls that start processes or threads, open sockets, make devices and named pipes, reach other
+# processes or leave the group.
 _REFUSED = {
     "x86_64": (
-        41, 56, 57, 58, 59, 101, 109, 112, 129, 141, 155, 161, 165, 166, 200, 203, 248, 249, 250,
-        272, 297, 298, 308, 310, 311, 321, 322, 323, 424, 425, 428, 429, 430, 434, 435, 442,
+        41, 56, 57, 58, 59, 101, 109, 112, 129, 133, 141, 142, 144, 155, 161, 165, 166, 200, 203,
+        248, 249, 250, 259, 272, 297, 298, 308, 310, 311, 314, 321, 322, 323, 424, 425, 428, 429,
+        430, 434, 435, 442,
     ),
     "aarch64": (
-        39, 40, 41, 51, 97, 117, 122, 130, 138, 140, 154, 157, 198, 217, 218, 219, 220, 221, 240,
-        241, 268, 270, 271, 280, 281, 282, 424, 425, 428, 429, 430, 434, 435, 442,
+        33, 39, 40, 41, 51, 97, 117, 118, 119, 122, 130, 138, 140, 154, 157, 198, 217, 218, 219,
+        220, 221, 240, 241, 268, 270, 271, 274, 280, 281, 282, 424, 425, 428, 429, 430, 434, 435,
+        442,
     ),
 }  # fmt: skip
 # kill and tgkill: allowed towards the process itself, which `abort` needs.
@@ -79,6 +83,9 @@ def unshare() -> None:
 def hide_disk(folder: str, size: int) -> None:
     """Makes every file system read-only but `folder`, which becomes an empty disk in memory.
 
+    Devices can be written on a read-only file system, so none can be opened but `/dev/null` and
+    its like. Named pipes made by others can be, and only their permissions protect them.
+
     Args:
         folder: an existing folder.
         size: bytes it may hold.
@@ -92,18 +99,28 @@ def hide_disk(folder: str, size: int) -> None:
         return int(libc.mount(source, target.encode(), kind, ctypes.c_ulong(flags), data))
 
     _check(mount(b"none", "/", None, _REC | _PRIVATE), "mount(private)")
-    attributes = struct.pack("=QQQQ", _READ_ONLY, 0, 0, 0)
-    done = libc.syscall(
-        ctypes.c_long(_MOUNT_SETATTR), ctypes.c_long(_AT_FDCWD), b"/",
-        ctypes.c_long(_AT_RECURSIVE), attributes, ctypes.c_size_t(len(attributes)),
-    )  # fmt: skip
-    _check(done, "mount_setattr(read-only)")
+    devices = [device for device in _DEVICES if os.path.exists(device)]
+    for device in devices:
+        # A mount of its own, which can be excepted.
+        _check(mount(device.encode(), device, None, _BIND), f"mount({device})")
+    _set_mount("/", _AT_RECURSIVE, add=_READ_ONLY | _NODEV, clear=0)
+    for device in devices:
+        _set_mount(device, 0, add=0, clear=_NODEV)
     limits = f"size={size},nr_inodes=4096,mode=0700".encode()
     _check(mount(b"tmpfs", folder, b"tmpfs", _NOSUID | _NODEV, limits), "mount(tmpfs)")
     # Where /proc can't be had anew, as in many containers, nothing is there instead.
     if mount(b"proc", "/proc", b"proc", _NOSUID | _NODEV) != 0:
         empty = b"size=4096,mode=0500"
         _check(mount(b"tmpfs", "/proc", b"tmpfs", _NOSUID | _NODEV | 1, empty), "mount(/proc)")
+
+
+def _set_mount(path: str, flags: int, *, add: int, clear: int) -> None:
+    attributes = struct.pack("=QQQQ", add, clear, 0, 0)
+    done = _libc().syscall(
+        ctypes.c_long(_MOUNT_SETATTR), ctypes.c_long(_AT_FDCWD), path.encode(),
+        ctypes.c_long(flags), attributes, ctypes.c_size_t(len(attributes)),
+    )  # fmt: skip
+    _check(done, f"mount_setattr({path})")
 
 
 def drop_capabilities() -> None:
@@ -121,8 +138,9 @@ def drop_capabilities() -> None:
 def filter_calls() -> None:
     """Refuses, with EPERM, the system calls a program of functions and tests doesn't need.
 
-    Needs `drop_capabilities` before it. New processes, new threads, sockets, tracing, mounts,
-    signals to others and other sessions are refused; see seccomp(2).
+    Needs `drop_capabilities` before it. New processes, new threads, sockets, new devices and named
+    pipes, tracing, mounts, scheduling, signals to others by `kill` and other sessions are refused;
+    see seccomp(2). The filter can't see paths, nor what a handle was opened for.
 
     Raises:
         OSError: the kernel refuses, or the architecture is not known here.
