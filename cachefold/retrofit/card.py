@@ -95,11 +95,13 @@ def _facts(config: dict[str, Any], recipe: dict[str, Any], log: list[dict[str, A
     source = ", ".join(data["files"]) or data["dataset"]
     if data.get("recall"):  # not in recipes of older runs
         source += f", and of all text {data['recall']:.0%} made of it, in which facts come again"
+    spared = ", ".join(f"{layer}/{head}" for layer, head in train.get("spare", []))
+    trained += f", from {recipe.get('init') or 'the original model'}"
     facts = {
         "policy": ", ".join(f"{key}={value}" for key, value in config["policy"].items()),
         "ratio reached": f"{config['cr']:.2f}, on {recipe['data']['held_out']} sequences of the "
         f"training mix that were held out{_asked(config['policy'])}",
-        "trained": f"{trained}, from {recipe.get('init') or 'the original model'}",
+        "trained": trained + (f"; heads spared (layer/kv head): {spared}" if spared else ""),
         "tokens": f"{config['tokens']:,} in sequences of {config['seq_len']}, seed {train['seed']}",
         "time": f"{hours(log, config['tokens']):.1f} hours",
         "data": source,
