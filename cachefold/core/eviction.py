@@ -125,7 +125,7 @@ def arrivals(evictor: Evictor, seen: Tensor, valid: Tensor) -> Arrivals:
         position=torch.where(valid, after - 1, FREE).int(),
         allowed=allowed,
         evicts=valid & (before + 1 > allowed),
-        seen=after[:, -1],
+        seen=after[:, -1].clone(),  # kept, and a view would keep the counts of all new tokens
     )
 
 

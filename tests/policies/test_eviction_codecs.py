@@ -120,7 +120,7 @@ def test_a_refused_step_changes_nothing(policy, more):
         for end in range(46, 71):
             feed(model, each, ids[:, :end], start=end - 1)
     kept, held = state(cache), cache.allocated_nbytes()
-    cache._limit.max_bytes = held - 1
+    cache._limit.max_bytes = held - 100  # many tokens at once leave no slot free: some bytes less
     with pytest.raises(ValueError, match="nothing was changed"):
         feed(model, cache, ids[:, : 70 + more], start=70)
     assert cache.allocated_nbytes() == held and cache.get_seq_length() == 70
