@@ -137,3 +137,17 @@ def test_later_tokens_see_the_same_packed_entries_and_all_bytes_count(policy, co
         assert cache.allocated_nbytes() == sum(collector.nbytes.values())
     for got in results[1:]:
         torch.testing.assert_close(got, results[0], rtol=0, atol=1e-5)
+
+
+@every_packed_policy
+def test_fewer_bits_lose_more(policy):
+    model, ids = sensitive(policy), random_ids(1, 120)
+
+    def logits(codec: str | None) -> torch.Tensor:
+        return feed(model, ids, [0, *range(90, 121)], new_cache(model, codec=codec))[:, 90:]
+
+    exact = logits(None)
+    errors = {name: float((logits(name) - exact).norm() / exact.norm())
+              for name in ("bf16", "int8", "int4", "int2")}  # fmt: skip
+    assert 0 < errors["bf16"] < 0.002 and 0 < errors["int8"] < 0.004
+    assert 5 * errors["int8"] < errors["int4"] and 2 * errors["int4"] < errors["int2"] < 0.2

@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from cachefold import H2O, TOVA, Random, Streaming, fold, folded
 from cachefold.cache.codecs import Vectors, get_codec, list_codecs
@@ -46,9 +45,6 @@ def test_any_split_of_a_padded_text_gives_the_same(policy, codec):
     torch.testing.assert_close(results[2], results[0], rtol=1e-9, atol=1e-9)
     exact = feed(model, new_cache(model), ids, mask)[mask.bool()]
     assert not torch.equal(results[0], exact)
-    if codec == "int8":
-        losses = [F.cross_entropy(x[:-1], ids[mask.bool()][1:]) for x in (results[0], exact)]
-        assert abs(losses[0] - losses[1]) < 0.005
 
 
 @pytest.mark.parametrize("codec", ["int2", "mixed", "kvquant-3"])
