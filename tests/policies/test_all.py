@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 
 import pytest
 import torch
@@ -24,12 +26,24 @@ POLICIES = LEARNED | {
     for option, value in (("budget", 24), ("cr", 2.0))
 }
 every_policy = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+# Old entries stay under all of them: only what is older than 32 tokens is read packed.
+PACKED = LEARNED | {
+    "h2o": get_policy("h2o", budget=40), "tova": get_policy("tova", cr=1.5),
+    "streaming": get_policy("streaming", budget=50), "random": get_policy("random", cr=1.5),
+}  # fmt: skip
+CODECS = ("bf16", "int8", "int2", "mixed")
+every_packed_policy = pytest.mark.parametrize("policy", PACKED.values(), ids=PACKED)
 
 
 def folded(policy, **changes):
     model = fold(tiny_model(**changes), policy)
     scramble_decisions(model)
     return model
+
+
+def sensitive(policy):
+    """One layer whose attention matters; rounding does not move a number to another grid point."""
+    return folded(policy, num_hidden_layers=1, initializer_range=0.1).double()
 
 
 def padded_ids() -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,3 +105,49 @@ def test_files_copies_and_chosen_rows_go_on_as_the_whole_text(policy, tmp_path):
     for each, rows in ((cache, [0, 1]), (loaded, [0, 1]), (chosen, [1, 1, 0]), (fewer, [1])):
         got = feed(model, ids[rows], rest, each, mask[rows])
         torch.testing.assert_close(got, whole[rows, 23:], **CLOSE)
+
+
+class Collector(pickle.Pickler):
+    """Finds every tensor below what it is given, by walking it as for a file."""
+
+    def __init__(self) -> None:
+        super().__init__(io.BytesIO())
+        self.nbytes: dict[int, int] = {}
+
+    def persistent_id(self, found):
+        if not isinstance(found, torch.Tensor):
+            return None
+        storage = found.untyped_storage()
+        self.nbytes[storage.data_ptr()] = storage.nbytes()
+        return "a tensor"
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@every_packed_policy
+def test_later_tokens_see_the_same_packed_entries_and_all_bytes_count(policy, codec):
+    """Training-free policies show the same to all tokens, others exact entries to those at once."""
+    model, ids = sensitive(policy), random_ids(2, 120)
+    mask, results = torch.ones_like(ids), []
+    mask[0, :7] = 0
+    for bounds in ([0, 119, 120], [0, 50, 51, 52, 90, 119, 120], range(121)):
+        cache, collector = new_cache(model, codec=codec), Collector()
+        got = feed(model, ids, bounds, cache, mask)
+        results.append(got[mask.bool()] if policy.name in FREE else got[:, -1])
+        collector.dump(cache.layers)
+        assert cache.allocated_nbytes() == sum(collector.nbytes.values())
+    for got in results[1:]:
+        torch.testing.assert_close(got, results[0], rtol=0, atol=1e-5)
+
+
+@every_packed_policy
+def test_fewer_bits_lose_more(policy):
+    model, ids = sensitive(policy), random_ids(1, 120)
+
+    def logits(codec: str | None) -> torch.Tensor:
+        return feed(model, ids, [0, *range(90, 121)], new_cache(model, codec=codec))[:, 90:]
+
+    exact = logits(None)
+    errors = {name: float((logits(name) - exact).norm() / exact.norm())
+              for name in ("bf16", "int8", "int4", "int2")}  # fmt: skip
+    assert 0 < errors["bf16"] < 0.002 and 0 < errors["int8"] < 0.004
+    assert 5 * errors["int8"] < errors["int4"] and 2 * errors["int4"] < errors["int2"] < 0.2

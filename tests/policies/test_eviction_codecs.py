@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from cachefold import H2O, TOVA, Random, Streaming, fold, folded
 from cachefold.cache.codecs import Vectors, get_codec, list_codecs
 from cachefold.models.fold import new_cache
 from tests.models.tiny import random_ids, tiny_model
+from tests.policies.test_all import CODECS
 from tests.policies.test_dms import projected
 from tests.policies.test_eviction import check_rows, kept_by_loop
 
@@ -26,7 +26,8 @@ def feed(model, cache, ids, mask=None, start: int = 0) -> torch.Tensor:
         return model(ids[:, start:], attention_mask=mask, past_key_values=cache).logits
 
 
-@pytest.mark.parametrize("codec", list_codecs())
+# The others are in test_all.
+@pytest.mark.parametrize("codec", sorted({*list_codecs()} - {*CODECS}))
 @pytest.mark.parametrize("policy", POLICIES, ids=repr)
 def test_any_split_of_a_padded_text_gives_the_same(policy, codec):
     """In float64: a rounding error must not move a number to another point of the grid."""
@@ -44,9 +45,6 @@ def test_any_split_of_a_padded_text_gives_the_same(policy, codec):
     torch.testing.assert_close(results[2], results[0], rtol=1e-9, atol=1e-9)
     exact = feed(model, new_cache(model), ids, mask)[mask.bool()]
     assert not torch.equal(results[0], exact)
-    if codec == "int8":
-        losses = [F.cross_entropy(x[:-1], ids[mask.bool()][1:]) for x in (results[0], exact)]
-        assert abs(losses[0] - losses[1]) < 0.005
 
 
 @pytest.mark.parametrize("codec", ["int2", "mixed", "kvquant-3"])
@@ -120,7 +118,7 @@ def test_a_refused_step_changes_nothing(policy, more):
         for end in range(46, 71):
             feed(model, each, ids[:, :end], start=end - 1)
     kept, held = state(cache), cache.allocated_nbytes()
-    cache._limit.max_bytes = held - 1
+    cache._limit.max_bytes = held - 100  # many tokens at once leave no slot free: some bytes less
     with pytest.raises(ValueError, match="nothing was changed"):
         feed(model, cache, ids[:, : 70 + more], start=70)
     assert cache.allocated_nbytes() == held and cache.get_seq_length() == 70
