@@ -11,8 +11,10 @@ much that falls when it merges nothing. Takes about ten minutes on one core.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,10 @@ from transformers.utils import logging
 
 from cachefold.core.dial import NEVER
 from cachefold.models.dial import turn_dial
-from cachefold.models.fold import FoldRun
+from cachefold.models.families import attention_layers
+from cachefold.models.fold import FoldRun, folded_layers
 from cachefold.models.hub import load_folded, read_config
+from cachefold.policies.decisions import LinearDecision
 from cachefold.retrofit.recall import recall_texts
 from cachefold.text import pack_rows, read_file
 from cachefold.zoo import load_base
@@ -49,26 +53,50 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_flush_denormal(True)
     logging.disable_progress_bar()
-    probe = Probe(arguments.artefact, arguments.cr, arguments.data, arguments.texts)
+    if arguments.json and not arguments.json.parent.is_dir():
+        parser.error(f"--json {arguments.json}: there is no folder {arguments.json.parent}")
+    report: dict[str, Any] = {"command": shlex.join(["python", *sys.argv])}
+    try:
+        measure_heads(
+            Probe(arguments.artefact, arguments.cr, arguments.data, arguments.texts),
+            arguments.together,
+            report,
+        )
+    except ValueError as error:
+        parser.error(str(error))
+    finally:  # Ctrl-C too: heads that are measured took minutes
+        if arguments.json and "rows" in report:
+            arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def measure_heads(probe: Probe, together: int, report: dict[str, Any]) -> None:
+    """Fills `report`, head by head.
+
+    Raises:
+        ValueError: no token is lost, so that there is nothing to gain.
+    """
     parts, ratios = probe.measure()
     lost = parts > LOST
+    if not bool(lost.any()):
+        raise ValueError(
+            f"no token loses more than {LOST} nats: take more --texts or a larger --cr"
+        )
     loss = float(parts[lost].mean())
     print(
         f"KL {parts.mean():.4f} in all, {loss:.4f} at {int(lost.sum())} lost tokens, at cr "
         f"{probe.ratio(ratios):.2f}", flush=True,
     )  # fmt: skip
-    rows = []
-    for head, ratio in ratios.items():
+    rows = report["rows"] = []
+    report["kl_of_lost"] = loss
+    for (layer, head), ratio in ratios.items():
         if not LEAST <= ratio <= MOST:
             continue
-        gain = loss - float(probe.without([head])[0][lost].mean())
-        rows.append({"layer": head[0], "head": head[1], "ratio": ratio, "gain": gain})
-        print(
-            "layer {layer} head {head}: cr {ratio:.1f}, {gain:+.4f}".format(**rows[-1]), flush=True
-        )
+        gain = loss - float(probe.without([(layer, head)])[0][lost].mean())
+        rows.append({"layer": layer, "head": head, "ratio": ratio, "gain": gain})
+        print(f"layer {layer} head {head}: cr {ratio:.1f}, {gain:+.4f}", flush=True)
     rows.sort(key=lambda row: -row["gain"] / (1 - 1 / row["ratio"]))
     print("\nbest for what they take, together:")
-    for count in range(1, arguments.together + 1):
+    for count in range(1, min(together, len(rows)) + 1):
         heads = [(row["layer"], row["head"]) for row in rows[:count]]
         found, after = probe.without(heads)
         kl = {"all": float(found.mean()), "lost": float(found[lost].mean())}
@@ -77,16 +105,6 @@ def main() -> None:
             f"{heads[-1]}: KL {kl['all']:.4f} in all, {kl['lost']:.4f} at lost tokens, cr "
             f"{probe.ratio(after):.2f}", flush=True,
         )  # fmt: skip
-    if arguments.json:
-        words = [
-            "python",
-            "benchmarks/heads.py",
-            str(arguments.artefact),
-            "--cr",
-            f"{arguments.cr:g}",
-        ]
-        facts = {"command": shlex.join(words), "kl_of_lost": loss, "rows": rows}
-        arguments.json.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 class Probe:
@@ -100,8 +118,12 @@ class Probe:
             self.wanted = [self.model(text).logits[0].log_softmax(-1) for text in self.texts]
         load_folded(artefact, self.model)
         turn_dial(self.model, read_config(artefact).get("dial", {}), cr=cr)
-        layers: Any = self.model.model.layers
-        self.decisions = [layer.self_attn.decision for layer in layers]
+        layers = attention_layers(self.model)
+        self.decisions = {i: layers[i].decision for i in folded_layers(self.model)}
+        if not all(isinstance(one, LinearDecision) for one in self.decisions.values()):
+            raise ValueError(
+                f"the heads of {artefact} do not decide by a projection, as train.spare needs"
+            )
 
     @torch.no_grad()
     def measure(self) -> tuple[Tensor, dict[tuple[int, int], float]]:
@@ -113,25 +135,24 @@ class Probe:
             run = FoldRun(recorder=recorder)
             logits = self.model(text, use_cache=False, fold_run=run).logits[0]
             parts.append(_divergence(wanted, logits))
-            alpha.append(torch.stack([recorder[i].alpha[0].mean(-1) for i in sorted(recorder)]))
+            alpha.append(torch.stack([recorder[i].alpha[0].mean(-1) for i in self.decisions]))
         kept = 1 - torch.stack(alpha).mean(0)
         heads = {
-            (i, k): 1 / float(kept[i, k]) for i in range(len(kept)) for k in range(len(kept[0]))
+            (layer, head): 1 / float(share)
+            for layer, shares in zip(self.decisions, kept, strict=True)
+            for head, share in enumerate(shares)
         }
         return torch.cat(parts), heads
 
-    def without(self, heads: list[tuple[int, int]]) -> tuple[float, dict[tuple[int, int], float]]:
+    def without(self, heads: list[tuple[int, int]]) -> tuple[Tensor, dict[tuple[int, int], float]]:
         """What `measure` gives when these heads merge nothing."""
-        before = [
-            {name: tensor.clone() for name, tensor in decision.state_dict().items()}
-            for decision in self.decisions
-        ]
+        before = {layer: copy.deepcopy(self.decisions[layer].state_dict()) for layer, _ in heads}
         for layer, head in heads:
             self.decisions[layer].weight.data[head] = 0.0
             self.decisions[layer].bias.data[head] = NEVER
         found = self.measure()
-        for decision, state in zip(self.decisions, before, strict=True):
-            decision.load_state_dict(state)
+        for layer, state in before.items():
+            self.decisions[layer].load_state_dict(state)
         return found
 
     @staticmethod
