@@ -5,7 +5,7 @@ Legend: B batch, H query heads, K kv heads, T tokens, D head dim, E hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,6 @@ class LinearDecision(nn.Module):
         proportional: bool = False,
     ) -> None:
         super().__init__()
-        self.num_kv_heads = num_kv_heads
         rows = 2 * num_kv_heads if weighs else num_kv_heads
         self.weight = nn.Parameter(torch.zeros(rows, hidden_size))
         bias = torch.zeros(rows)
@@ -67,25 +66,28 @@ class LinearDecision(nn.Module):
         self.growth = nn.Parameter(growth) if proportional else None
         self.weighs = weighs
 
-    def spare(self, heads: Sequence[int]) -> None:
-        """Makes heads merge as if the dial stood `SPARED` positions lower, and holds them there.
+    @property
+    def num_kv_heads(self) -> int:
+        """K."""
+        return len(self.bias) // 2 if self.weighs else len(self.bias)
 
-        Training leaves them alone from then on. Else it takes them back: what they are there for
-        is rare in most text, and all heads are pressed alike to merge.
+    def spare(self, head: int) -> None:
+        """Makes a head merge as if the dial stood `SPARED` positions lower, and holds it there.
+
+        Training leaves it alone from then on. Else it takes it back: what the head is there for is
+        rare in most text, and all heads are pressed alike to merge.
 
         >>> decision = LinearDecision(4, 2)
-        >>> decision.spare([1])
+        >>> decision.spare(1)
         >>> decision(None, None, torch.ones(1, 1, 4))[0].flatten().round().tolist()
         [-4.0, -14.0]
         """
-        rows = list(heads)
+        slope = DIAL_SLOPE / LINEAR_SCALE if self.slope is None else self.slope[head].abs()
         with torch.no_grad():
-            slope = self.bias.new_tensor(DIAL_SLOPE / LINEAR_SCALE)
-            self.bias[rows] -= SPARED * (slope if self.slope is None else self.slope[rows].abs())
-        held = torch.tensor(rows)
+            self.bias[head] -= SPARED * slope
         for parameter in (self.weight, self.bias, self.slope):
             if parameter is not None:
-                parameter.register_hook(lambda grad: grad.index_fill(0, held.to(grad.device), 0.0))
+                parameter.register_hook(functools.partial(_without_row, head))
 
     @property
     def size_weight(self) -> Tensor | None:
@@ -122,6 +124,13 @@ class LinearDecision(nn.Module):
         if position <= NEVER:  # a ratio of 1: nothing merges, whatever slope a head learned
             return merge + NEVER
         return torch.add(merge, self.slope.float()[:, None], alpha=LINEAR_SCALE * position)
+
+
+def _without_row(row: int, grad: Tensor) -> Tensor:
+    """A gradient that is 0 in one row."""
+    grad = grad.clone()
+    grad[row] = 0.0
+    return grad
 
 
 class KeepDecision(nn.Module):

@@ -60,6 +60,8 @@ def check_train(train: TrainConfig) -> None:
     for pair in train.spare:
         if len(pair) != 2 or min(pair) < 0:
             raise ValueError(f"train.spare lists [layer, kv head] pairs, both from 0; got {pair}")
+        if train.spare.count(pair) > 1:
+            raise ValueError(f"train.spare names {pair} twice; a head is spared once")
     if train.kd_weight == train.ce_weight == 0:
         raise ValueError("train.kd_weight and train.ce_weight are both 0: nothing keeps quality")
 

@@ -84,7 +84,7 @@ def spare_heads(model: PreTrainedModel, heads: Sequence[Sequence[int]]) -> None:
             raise ValueError(
                 f"train.spare: layer {layer} has kv heads 0 to {count - 1}, got {head}"
             )
-        decision.spare([head])
+        decision.spare(head)
 
 
 def start_from(model: PreTrainedModel, config: RetrofitConfig) -> None:

@@ -172,6 +172,7 @@ def _decisions(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         ([[1, 2]], "layer 1 has kv heads 0 to 1, got 2"),
         ([[1]], r"pairs, both from 0; got \[1\]"),
         ([[0, -1]], r"pairs, both from 0; got \[0, -1\]"),
+        ([[1, 0], [0, 0], [1, 0]], r"names \[1, 0\] twice"),
     ],
 )
 def test_heads_that_are_not_there_are_refused(workspace: Path, spare: list, message: str) -> None:
