@@ -20,9 +20,9 @@ LINEAR_SCALE = 10.0
 LINEAR_ALPHA_BIAS = -4.0
 DIAL_SLOPE = 7.0
 """Merge logits per position of the dial before training: trained logits are spread over tens."""
-SPARED = 1.5
-"""Positions of the dial by which heads that are spared stay behind: at a ratio of 4 they keep
-nearly all tokens."""
+SPARED = 1.6
+"""Positions by which heads that are spared stay behind for each that the dial is short of its end:
+at half of the largest ratio or less they keep nearly all tokens."""
 
 
 class LinearDecision(nn.Module):
@@ -71,23 +71,50 @@ class LinearDecision(nn.Module):
         """K."""
         return len(self.bias) // 2 if self.weighs else len(self.bias)
 
-    def spare(self, head: int) -> None:
-        """Makes a head merge as if the dial stood `SPARED` positions lower, and holds it there.
+    def spare(self, head: int, end: float = 0.0) -> None:
+        """Makes a head merge later than it does, and holds its merge decisions there.
 
-        Training leaves it alone from then on. Else it takes it back: what the head is there for is
-        rare in most text, and all heads are pressed alike to merge.
+        With a dial it stays behind by `SPARED` positions for each that the dial is short of `end`,
+        where it has caught up: heads that keep all tokens at the largest ratio would be half of
+        the cache. Training leaves it alone from then on. Else it takes it back: what the head is
+        there for is rare in most text, and all heads are pressed alike to merge.
 
-        >>> decision = LinearDecision(4, 2)
-        >>> decision.spare(1)
-        >>> decision(None, None, torch.ones(1, 1, 4))[0].flatten().round().tolist()
-        [-4.0, -14.0]
+        Args:
+            head: kv head.
+            end: position of the largest ratio; not used without a dial.
+
+        >>> decision = LinearDecision(4, 2, dial=True)
+        >>> decision.spare(1, end=2.0)
+        >>> for position in (0.0, 1.0, 2.0):
+        ...     logits, _ = decision(None, None, torch.ones(1, 1, 4), position)
+        ...     print(logits.flatten().round().tolist())
+        [-4.0, -26.0]
+        [3.0, -8.0]
+        [10.0, 10.0]
         """
-        slope = DIAL_SLOPE / LINEAR_SCALE if self.slope is None else self.slope[head].abs()
         with torch.no_grad():
-            self.bias[head] -= SPARED * slope
+            if self.slope is None:
+                self.bias[head] -= SPARED * DIAL_SLOPE / LINEAR_SCALE
+            else:
+                lag = SPARED * self.slope[head].abs()
+                self.bias[head] -= lag * end
+                self.slope[head] += lag
         for parameter in (self.weight, self.bias, self.slope):
             if parameter is not None:
                 parameter.register_hook(functools.partial(_without_row, head))
+
+    def settle(self, position: float) -> None:
+        """Takes the dial away; merge logits stay as they are at a position.
+
+        >>> decision = LinearDecision(4, 1, dial=True)
+        >>> decision.settle(2.0)
+        >>> decision(None, None, torch.ones(1, 1, 4))[0].flatten().round().tolist()
+        [10.0]
+        """
+        assert self.slope is not None
+        with torch.no_grad():
+            self.bias[: self.num_kv_heads] += self.slope * position
+        self.slope = None
 
     @property
     def size_weight(self) -> Tensor | None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
+from cachefold.core.dial import Dial, nominal_position
 from cachefold.models.families import attention_layers
 from cachefold.models.fold import fold, folded_layers
 from cachefold.models.hub import WEIGHTS, load_trainable_state, read_config
 from cachefold.models.lora import add_lora
+from cachefold.policies.decisions import LinearDecision
 from cachefold.policies.gqa import GQA
 from cachefold.retrofit.config import RetrofitConfig
 from cachefold.zoo import load_base
@@ -56,22 +60,26 @@ def prepare(model: PreTrainedModel, config: RetrofitConfig) -> PreTrainedModel |
     fold_for_training(model, config)
     if config.init is not None:
         start_from(model, config)
-    spare_heads(model, config.train.spare)
+    spare_heads(model, config.train.spare, config.build_policy().max_cr)
     return teacher
 
 
-def spare_heads(model: PreTrainedModel, heads: Sequence[Sequence[int]]) -> None:
+def spare_heads(
+    model: PreTrainedModel, heads: Sequence[Sequence[int]], max_cr: float | None
+) -> None:
     """Makes heads of a prepared model merge later than the others, whatever it learns.
 
     Args:
         model: folded, with decisions that are projections.
         heads: (layer, kv head) each.
+        max_cr: largest ratio of the dial, at which they merge like the others; None = no dial.
 
     Raises:
         ValueError: the model has no such head, or its layer does not fold.
     """
     layers = attention_layers(model)
     folds = folded_layers(model)
+    end = 0.0 if max_cr is None else nominal_position(max_cr)
     for layer, head in heads:
         if layer not in folds:
             raise ValueError(
@@ -84,14 +92,15 @@ def spare_heads(model: PreTrainedModel, heads: Sequence[Sequence[int]]) -> None:
             raise ValueError(
                 f"train.spare: layer {layer} has kv heads 0 to {count - 1}, got {head}"
             )
-        decision.spare(head)
+        decision.spare(head, end)
 
 
 def start_from(model: PreTrainedModel, config: RetrofitConfig) -> None:
     """Copies the weights of the artefact `config.init` into a prepared model.
 
     A dial and proportional attention may be new, and all that decides where only heads were pooled
-    before (`gqa`): what they learn then starts at its default.
+    before (`gqa`): what they learn then starts at its default. A dial that goes on as a single
+    ratio starts as it was at that ratio.
 
     Raises:
         ValueError: no artefact there, or one of another base, policy or LoRA rank.
@@ -113,7 +122,24 @@ def start_from(model: PreTrainedModel, config: RetrofitConfig) -> None:
             f"init {config.init} was trained with policy.proportional=true; set it in the recipe"
         )
     fresh = [name for name, _ in model.named_parameters() if _is_new(name, before)]
-    load_trainable_state(model, Path(config.init) / WEIGHTS, fresh=tuple(fresh))
+    with _dial_settled(model, artefact, policy):
+        load_trainable_state(model, Path(config.init) / WEIGHTS, fresh=tuple(fresh))
+
+
+@contextlib.contextmanager
+def _dial_settled(model: PreTrainedModel, artefact: dict[str, Any], policy: Any) -> Iterator[None]:
+    """Lets a model without a dial take the state of one, and then stay at its own ratio."""
+    if artefact["policy"].get("max_cr") is None or policy.max_cr is not None:
+        yield
+        return
+    layers = attention_layers(model)
+    decisions = [layers[layer].decision for layer in folded_layers(model)]
+    projections = [one for one in decisions if isinstance(one, LinearDecision)]
+    for one in projections:
+        one.slope = nn.Parameter(torch.zeros(one.num_kv_heads))
+    yield
+    for one in projections:
+        one.settle(Dial(artefact.get("dial", {})).position(policy.cr))
 
 
 def _kind(base: str | None, policy: str, kv_heads: int | None, lora_rank: int) -> str:

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cachefold.models.hub import load_folded, read_config
+from cachefold.core.dial import nominal_position
+from cachefold.models.dial import turn_dial
+from cachefold.models.hub import load_folded, read_config, save_folded
 from cachefold.policies.decisions import SPARED
 from cachefold.retrofit.config import from_dict
 from cachefold.retrofit.data import preset_texts
@@ -44,6 +46,30 @@ def test_a_run_starts_from_the_weights_of_an_artefact(workspace: Path, fixed: Pa
         for name, parameter in kept.named_parameters():
             assert torch.equal(found[name], parameter), name
     assert all(found[name].gt(0).all() for name in found if name.endswith("decision.slope"))
+
+
+def test_a_dial_goes_on_as_the_single_ratio_it_stood_at(workspace: Path, tmp_path: Path) -> None:
+    with_dial = from_dict(dial_recipe(workspace, "unused", None))
+    model, _ = load_model(with_dial)
+    prepare(model, with_dial)
+    decisions = [layer.self_attn.decision for layer in model.model.layers]
+    for one in decisions:
+        for parameter in one.parameters():
+            torch.nn.init.normal_(parameter)
+    turn_dial(model, {"bulk": [(1.5, -1.0), (3.0, 2.0)]})
+    base = {"id": str(workspace / "model"), "revision": "any"}
+    folder = save_folded(model, tmp_path / "dial", base=base)
+    values = dial_recipe(workspace, "unused", folder)
+    values["policy"] = {"name": "dmc", "cr": 3, "delay": 4}
+    single, _ = load_model(from_dict(values))
+    prepare(single, from_dict(values))
+    states = torch.randn(1, 5, model.config.hidden_size)
+    for one, layer in zip(decisions, single.model.layers, strict=True):
+        assert layer.self_attn.decision.slope is None
+        for found, wanted in zip(
+            layer.self_attn.decision(None, None, states), one(None, None, states, 2.0), strict=True
+        ):
+            torch.testing.assert_close(found, wanted)
 
 
 @pytest.fixture(scope="module")
@@ -145,8 +171,11 @@ def test_heads_that_are_spared_merge_later_and_are_left_alone(workspace: Path, n
     folder = Path(run_retrofit(from_dict(values))["folder"])
     trained = load_folded(folder, load_base(str(workspace / "model"))[0])
     start, end = _decisions(fresh), _decisions(trained)
-    late = (start["bias"][0, 0] - start["bias"]) / start["slope"]
-    assert torch.allclose(late, torch.tensor([[0.0, 0.0], [SPARED, 0.0]]))
+    slope, top = start["slope"][0, 0], nominal_position(DIAL["max_cr"])
+    for cr, behind in ((2, SPARED * top), (4, SPARED * (top - nominal_position(4))), (6, 0.0)):
+        merge = start["bias"] + start["slope"] * nominal_position(cr)
+        late = (merge[0, 0] - merge) / slope
+        assert torch.allclose(late, torch.tensor([[0.0, 0.0], [behind, 0.0]]), atol=1e-5)
     for part in start:
         same = (
             (start[part] == end[part]).flatten(2).all(-1)
