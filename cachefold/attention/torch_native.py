@@ -4,11 +4,7 @@ One query per head, or a short chunk, is attended with static shapes and no numb
 the device, which `torch.compile(fullgraph=True)` takes. A long prefill goes head by head and by
 blocks of rows: each block reads the entries that its last query sees, and no others.
 
-Matrix products and one softmax, not `scaled_dot_product_attention`: given a mask, that takes two to
-three times as long in bfloat16 on a CPU, no less in float32, and knows no tanh cap.
-
-Legend as in `call`; R queries of a block of rows, W queries of a block of the band, n = R / W, C
-columns of exact keys that a block of the band looks at.
+Legend as in `call`; W queries of a block of the band, see `torch_rows`.
 """
 
 from __future__ import annotations
@@ -18,19 +14,11 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from cachefold.attention import blocked
-from cachefold.attention.call import (
-    HIDDEN,
-    PagedCall,
-    ParallelCall,
-    StepCall,
-    capped,
-    entry_key_dim,
-    folded,
-)
+from cachefold.attention.call import PagedCall, ParallelCall, StepCall, entry_key_dim, folded
 from cachefold.attention.torch_fold import fold
+from cachefold.attention.torch_rows import attend_rows, prepared
 from cachefold.core.pages import key_view, slots, value_view
 
 QUERY_ROWS = 768
@@ -99,7 +87,7 @@ def attend(call: PagedCall) -> Tensor:
     >>> attend(call).flatten().tolist()
     [0.0, 1.0]
     """
-    call = _prepared(call)
+    call = prepared(call)
     batch, heads, queries, _ = call.query.shape
     columns = call.table.shape[2] * call.page_size + call.exact_key.shape[2]
     small = batch * heads * queries * columns <= SCORES
@@ -133,19 +121,6 @@ def step(call: StepCall) -> Tensor:
     return attend(folded(call))
 
 
-def _prepared(call: PagedCall) -> PagedCall:
-    """With scaled queries; hidden tokens before the exact ones make those W - 1 + Q, W = delay."""
-    query = call.query * call.scaling
-    missing = max(call.delay - 1, 0) + query.shape[2] - call.exact_key.shape[2]
-    return replace(
-        call,
-        query=query,
-        exact_key=F.pad(call.exact_key.to(query.dtype), (0, 0, missing, 0)),
-        exact_value=F.pad(call.exact_value.to(query.dtype), (0, 0, missing, 0)),
-        exact_valid=F.pad(call.exact_valid, (missing, 0)),
-    )
-
-
 def _at_once(call: PagedCall) -> Tensor:
     """All queries of all heads together, (B, K, G, Q, Dv); no shape depends on a number."""
     key, value = _entries(call, call.table.shape[2])
@@ -155,7 +130,7 @@ def _at_once(call: PagedCall) -> Tensor:
     bits = INTEGERS[value.element_size()]
     value = (value.view(bits) * exists[..., None].to(bits)).view(value.dtype)
     queries = call.query.shape[2]
-    return _rows(call, key, value, rows=(0, queries), common=0, width=queries)[:, :, 0]
+    return attend_rows(call, key, value, rows=(0, queries), common=0, width=queries)[:, :, 0]
 
 
 def _by_blocks(call: PagedCall) -> Tensor:
@@ -173,7 +148,7 @@ def _by_blocks(call: PagedCall) -> Tensor:
         head = _one_head(call, b, k, groups)
         key, value = _entries(head, -(-counts[b][k][-1][1] // call.page_size))
         for (start, stop), (common, most) in zip(blocks, counts[b][k], strict=True):
-            part = _rows(
+            part = attend_rows(
                 head, key[..., :most], value[:, :, :most],
                 rows=(start, stop), common=common, width=min(width, stop - start),
             )  # fmt: skip
@@ -217,99 +192,3 @@ def _entries(call: PagedCall, columns: int) -> tuple[Tensor, Tensor]:
     key = key.unflatten(1, (dim, size)).unflatten(0, shape).transpose(2, 3).flatten(3)
     value = value.unflatten(1, (size, -1)).unflatten(0, shape).flatten(2, 3)
     return key.to(call.query.dtype), value.to(call.query.dtype)
-
-
-def _rows(
-    call: PagedCall, key: Tensor, value: Tensor, rows: tuple[int, int], common: int, width: int
-) -> Tensor:
-    """Attends from some queries to closed entries, open entries and exact tokens.
-
-    Args:
-        call: as `_prepared` makes it.
-        key: (B, K, D, S) or with a bias (B, K, D + 1, S), closed entries.
-        value: (B, K, S, Dv), finite where no query sees it.
-        rows: [start, stop) of the queries, n blocks of W.
-        common: entries that all of them see.
-        width: W.
-
-    Returns:
-        (B, K, n, G, W, Dv).
-    """
-    start, stop = rows
-    query = call.query[:, :, start:stop].unflatten(1, (key.shape[1], -1))
-    query = query.unflatten(3, (-1, width)).transpose(2, 3)  # (B, K, n, G, W, D)
-    scores = [
-        _closed_scores(call, query, key, call.visible[:, :, start:stop], common),
-        _open_scores(call, query, start, stop),
-    ]
-    if call.delay:
-        scores.append(_band_scores(call, query, start, stop))
-    probabilities = torch.softmax(torch.cat(scores, -1), -1).to(query.dtype)
-    closed, opened, exact = probabilities.tensor_split((key.shape[3], key.shape[3] + 1), -1)
-    out = (closed.flatten(2, 4) @ value).unflatten(2, query.shape[2:5])
-    out = out + opened * _by_width(call.open_value[:, :, start:stop], width).to(query.dtype)
-    if call.delay:
-        near = _windows(call.exact_value, call, start, stop, width).transpose(-1, -2)
-        out = out + (exact.flatten(3, 4) @ near).unflatten(3, query.shape[3:5])
-    return out
-
-
-def _closed_scores(
-    call: PagedCall, query: Tensor, key: Tensor, visible: Tensor, common: int
-) -> Tensor:
-    """(B, K, n, G, W, S)."""
-    dim = query.shape[-1]
-    scores = (query.flatten(2, 4) @ key[:, :, :dim]).unflatten(2, query.shape[2:5])
-    scores = _capped(scores, call.softcap)
-    if call.open_bias is not None:
-        scores = scores + key[:, :, None, None, None, dim]
-    column = torch.arange(common, key.shape[3], device=key.device)
-    hidden = column >= _by_width(visible[..., None], query.shape[4])
-    _hide(scores[..., common:], hidden)
-    return scores
-
-
-def _open_scores(call: PagedCall, query: Tensor, start: int, stop: int) -> Tensor:
-    """(B, K, n, G, W, 1)."""
-    key = _by_width(call.open_key[:, :, start:stop], query.shape[4])
-    wide = torch.promote_types(query.dtype, torch.float32)
-    scores = (query.to(wide) * key.to(wide)).sum(-1, keepdim=True)
-    scores = _capped(scores.to(query.dtype), call.softcap)
-    if call.open_bias is not None:
-        bias = _by_width(call.open_bias[:, :, start:stop, None], query.shape[4])
-        scores = scores + bias.to(scores.dtype)
-    valid = _by_width(call.open_valid[:, None, start:stop, None], query.shape[4])
-    return _hide(scores, ~valid)
-
-
-def _band_scores(call: PagedCall, query: Tensor, start: int, stop: int) -> Tensor:
-    """(B, K, n, G, W, C): query r of a block sees tokens r .. r + delay - 1 of its window."""
-    groups, width = query.shape[3:5]
-    near = _windows(call.exact_key, call, start, stop, width)
-    scores = _capped((query.flatten(3, 4) @ near).unflatten(3, (groups, width)), call.softcap)
-    age = torch.arange(near.shape[-1], device=near.device)
-    age = age - torch.arange(width, device=near.device)[:, None]
-    valid = _windows(call.exact_valid[:, None, :, None], call, start, stop, width)
-    is_near = (age >= 0) & (age < call.delay) & valid  # (B, 1, n, W, C)
-    return _hide(scores, ~is_near[:, :, :, None])
-
-
-def _windows(tensor: Tensor, call: PagedCall, start: int, stop: int, width: int) -> Tensor:
-    """Views the exact tokens (B, K, N, D) that each block of queries looks at, (B, K, n, D, C)."""
-    older = call.delay - 1
-    return tensor[:, :, start : stop + older].unfold(2, width + older, width)
-
-
-def _by_width(tensor: Tensor, width: int) -> Tensor:
-    """(B, K, R, D) -> (B, K, n, 1, W, D), to broadcast over the query group."""
-    return tensor.unflatten(2, (-1, width))[:, :, :, None]
-
-
-def _capped(scores: Tensor, softcap: float | None) -> Tensor:
-    """Under the tanh cap; without one in their own dtype, from which softmax widens by itself."""
-    return scores if softcap is None else capped(scores, softcap)
-
-
-def _hide(scores: Tensor, hidden: Tensor) -> Tensor:
-    """Hides columns, in place; float16 has no number as low as HIDDEN."""
-    return scores.masked_fill_(hidden, max(HIDDEN, torch.finfo(scores.dtype).min))
