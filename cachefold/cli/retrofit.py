@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from cachefold.retrofit.config import RetrofitConfig
 
 
 def run(
@@ -26,15 +29,7 @@ def run(
     ] = False,
 ) -> None:
     """Train a model to fold its cache, as a recipe says."""
-    from cachefold.retrofit.config import load_recipe
-
-    path = _recipe_path(recipe, resume)
-    config = load_recipe(path, overrides or [])
-    if path != recipe and Path(config.output_dir).resolve() != recipe.resolve():
-        raise ValueError(
-            f"the run in {recipe} was started with output_dir {config.output_dir}; resume from the "
-            "working folder it was started in"
-        )
+    config = _config(recipe, overrides or [], resume)
     import torch
     from transformers.utils import logging
 
@@ -53,6 +48,20 @@ def run(
     except OSError as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
     _show(facts, dry_run, config.model)
+
+
+def _config(recipe: Path, overrides: list[str], resume: bool) -> RetrofitConfig:
+    """What the recipe says, or that of the run in the folder."""
+    from cachefold.retrofit.config import load_recipe
+
+    path = _recipe_path(recipe, resume)
+    config = load_recipe(path, overrides)
+    if path != recipe and Path(config.output_dir).resolve() != recipe.resolve():
+        raise ValueError(
+            f"the run in {recipe} was started with output_dir {config.output_dir}; resume from the "
+            "working folder it was started in"
+        )
+    return config
 
 
 def _recipe_path(recipe: Path, resume: bool) -> Path:
