@@ -255,11 +255,7 @@ def _watch(process: subprocess.Popen[bytes], pipe: int, limits: Sandbox) -> _Wat
     seconds = time.monotonic() - begin
     with process.stdout:
         for handle, taken in streams.items():
-            os.set_blocking(handle, False)
-            with contextlib.suppress(BlockingIOError):
-                # More than a pipe holds can only come from a writer that is still alive.
-                for _ in range(_PIPE_READS):
-                    _take(handle, taken, keep[handle])
+            _take_rest(handle, taken, keep[handle])
     output = bytes(streams[printed]).decode("utf-8", errors="replace")
     return _Watched(output, _reports(streams[pipe]), seconds, ended in ready)
 
@@ -269,6 +265,15 @@ def _take(handle: int, taken: bytearray, keep: int) -> bool:
     chunk = os.read(handle, _CHUNK)
     taken += chunk[: keep - len(taken)]
     return bool(chunk)
+
+
+def _take_rest(handle: int, taken: bytearray, keep: int) -> None:
+    """Reads what the pipe still holds, without waiting for more."""
+    os.set_blocking(handle, False)
+    with contextlib.suppress(BlockingIOError):
+        # More than a pipe holds can only come from a writer that is still alive.
+        for _ in range(_PIPE_READS):
+            _take(handle, taken, keep)
 
 
 def _reports(lines: bytearray) -> list[dict[str, Any]]:
