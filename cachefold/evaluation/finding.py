@@ -23,7 +23,8 @@ def find_artefact(policy: str, cr: float | None, base: str, folders: Sequence[Pa
     folder names.
 
     Raises:
-        ValueError: none, with the command that makes it; or several.
+        ValueError: none, with the command that makes it; several; or several and a recipe that
+            can't be read, so that none gives way.
     """
     ratios: set[float] = set()
     for folder in folders:
@@ -57,13 +58,36 @@ def find_artefact(policy: str, cr: float | None, base: str, folders: Sequence[Pa
 
 
 def _not_trained_on(places: list[Path]) -> list[Path]:
-    """Those of the artefacts that no other of them was trained on from."""
-    inits = set()
-    for place in places:
-        with contextlib.suppress(OSError, yaml.YAMLError, AttributeError):
-            init = yaml.safe_load((place / "recipe.yaml").read_text(encoding="utf-8")).get("init")
-            inits |= {name_of(Path(init))} if init else set()
+    """Those of the artefacts that no other of them was trained on from; one alone stays.
+
+    Raises:
+        ValueError: of several, one has a recipe that can't be read.
+    """
+    if len(places) < 2:
+        return places
+    inits = {name_of(init) for init in map(_init, places) if init is not None}
     return [place for place in places if name_of(place) not in inits]
+
+
+def _init(place: Path) -> Path | None:
+    """What an artefact was trained on from; None = the base model, or it came without a recipe."""
+    path = place / "recipe.yaml"
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(recipe, dict):
+            raise ValueError("not a recipe: no keys with values")
+        init = recipe.get("init")
+        if not isinstance(init, str | None):
+            raise ValueError(f"not a recipe: init is {init!r}, which is no folder")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"{path} can't be read: {error}. It says what {place} was trained on from, which "
+            "decides between several artefacts of one policy: mend it, or name the folder that is "
+            "meant"
+        ) from error
+    return Path(init) if init else None
 
 
 def name_of(folder: Path) -> str:

@@ -102,6 +102,37 @@ def test_what_was_trained_on_gives_way_to_what_came_of_it(tmp_path: Path) -> Non
         parse_methods(["dmc-cr4"], Naming(base="b", **options))
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (b"init: [a", "expected ',' or ']'"),
+        (b"\xff", "decode"),
+        (b"- init", "not a recipe"),
+        (b"init: [a]", "not a recipe"),
+    ],
+)
+def test_a_broken_recipe_that_decides_is_told(tmp_path: Path, text: bytes, reason: str) -> None:
+    artefact(tmp_path, "a-cr2", cr=2)
+    recipe = artefact(tmp_path, "b-dial", cr=4, max_cr=8) / "recipe.yaml"
+    recipe.write_bytes(text)
+    naming = Naming(base="b", crs=(2.0,), folders=(tmp_path,))
+    # Without it the one made for the ratio would win, whether or not the dial came of it.
+    with pytest.raises(ValueError) as caught:
+        parse_methods(["dmc"], naming)
+    assert str(recipe) in str(caught.value) and reason in str(caught.value)
+    assert "name the folder" in str(caught.value)
+    assert parse_methods(["dmc-cr4"], naming)[1].artefact == recipe.parent  # nothing to decide
+    recipe.unlink()  # an import has none
+    assert parse_methods(["dmc"], naming)[1].artefact == tmp_path / "a-cr2"
+
+
+def test_a_recipe_that_is_no_file_is_told(tmp_path: Path) -> None:
+    artefact(tmp_path, "a-cr2", cr=2)
+    (artefact(tmp_path, "b-dial", cr=4, max_cr=8) / "recipe.yaml").mkdir()
+    with pytest.raises(ValueError, match="b-dial/recipe.yaml can't be read: .*directory"):
+        parse_methods(["dmc"], Naming(base="b", folders=(tmp_path,)))
+
+
 def test_shipped_artefacts_are_found_by_the_name_of_their_policy() -> None:
     naming = Naming(base="smollm2-135m", crs=(2.0, 4.0, 8.0), folders=(SHIPPED,))
     found = parse_methods(["dmc", "dms"], naming)[1:]
