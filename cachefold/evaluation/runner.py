@@ -49,7 +49,8 @@ def run_tasks(
         tasks: each with a name of its own.
         limit: most rows of each; None = all.
         store: folder with one JSON-lines file for each task. Rows found there are not run again;
-            None = nothing is kept.
+            None = nothing is kept. A smaller limit runs those again that ran together with rows
+            beyond it: how much their texts filled is known only of all together.
 
     Returns:
         By name of the task, for JSON: `metric`, `higher_is_better`, `value`, `error` (standard
@@ -85,20 +86,19 @@ def _run_task(
     if not rows:
         raise ValueError(f"task {task.name} has no rows")
     log = ResultLog(None if store is None else store / f"{task.name}.jsonl", _facts(task, subject))
-    left = [row for row in rows if row["id"] not in log.results]
-    if len(left) < len(rows):
-        logger.info(
-            "%s: %d of %d rows are done already", task.name, len(rows) - len(left), len(rows)
-        )
+    ids = [row["id"] for row in rows]
+    done = log.take(ids)
+    left = [row for row in rows if row["id"] not in done.results]
+    _tell_left(task.name, len(rows), len(left), sum(log.has(row["id"]) for row in left))
     before = subject.footprint
     for row, result in zip(left, task.evaluate(left, subject), strict=True):
         assert result["id"] == row["id"], f"{task.name}: result {result['id']} for row {row['id']}"
-        log.add(result, subject.footprint - before)
-        before = subject.footprint
-    ids = [row["id"] for row in rows]
-    footprint = log.footprint(ids)
+        spent, before = subject.footprint - before, subject.footprint
+        log.add(result, spent)
+        done.add(result, spent)
+    footprint = done.footprint
     _check_seen(subject, task.name, footprint)
-    found = task.summarise([log.results[id_] for id_ in ids])
+    found = task.summarise([done.results[id_] for id_ in ids])
     logger.info("%s: %s %s | %s", task.name, task.metric, found[task.metric], footprint)
     return {
         "metric": task.metric,
@@ -110,6 +110,18 @@ def _run_task(
         "tokens": footprint.tokens,
         "seconds": time.monotonic() - start,
     }
+
+
+def _tell_left(name: str, count: int, left: int, again: int) -> None:
+    """Tells what of `count` rows is done already, and what is done and runs again all the same."""
+    if left < count:
+        logger.info("%s: %d of %d rows are done already", name, count - left, count)
+    if again:
+        logger.warning(
+            "%s: %d rows run again: they ran together with rows that are left out now, and the "
+            "bytes of their texts are known only in all",
+            name, again,
+        )  # fmt: skip
 
 
 def _plain(estimate: Estimate) -> dict[str, Any]:
@@ -148,8 +160,31 @@ def _check_seen(subject: Subject, name: str, footprint: Footprint) -> None:
         )  # fmt: skip
 
 
+@dataclasses.dataclass(slots=True)
+class Done:
+    """Rows that ran, with the footprint of all their texts.
+
+    >>> done = Done()
+    >>> done.add({"id": "a", "acc": 1.0}, Footprint(10, 5.0, 1, 2))
+    >>> list(done.results), done.footprint.cr
+    (['a'], 2.0)
+    """
+
+    results: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    """By id of the row."""
+    footprint: Footprint = dataclasses.field(default_factory=Footprint)
+
+    def add(self, result: dict[str, Any], footprint: Footprint) -> None:
+        """Takes a row in."""
+        self.results[result["id"]] = result
+        self.footprint += footprint
+
+
 class ResultLog:
     """Results of one task, in a file that grows row by row.
+
+    Texts of several rows run together. Their footprint stands with the first of these rows, and
+    the others, up to the next one that has a footprint, have an empty one: a block.
 
     Args:
         path: of the file; None = only in memory.
@@ -160,15 +195,14 @@ class ResultLog:
 
     >>> log = ResultLog(None, {})
     >>> log.add({"id": "a", "acc": 1.0}, Footprint(10, 5.0, 1, 2))
-    >>> log.results["a"]["acc"], log.footprint(["a"]).cr
-    (1.0, 2.0)
+    >>> log.add({"id": "b", "acc": 0.0}, Footprint())
+    >>> log.take(["a", "b", "c"]).footprint.cr, log.take(["a"]).results
+    (2.0, {})
     """
 
     def __init__(self, path: Path | None, facts: dict[str, Any]) -> None:
         self.path = path
-        self.results: dict[str, dict[str, Any]] = {}
-        """By id of the row."""
-        self._footprints: dict[str, Footprint] = {}
+        self._blocks: list[Done] = []
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -186,13 +220,28 @@ class ResultLog:
         if self.path is not None:
             self._write({"result": result, "footprint": dataclasses.astuple(footprint)}, "a")
 
-    def footprint(self, ids: Sequence[str]) -> Footprint:
-        """Of the texts of these rows; a batch counts to the row after it."""
-        return sum((self._footprints[id_] for id_ in ids), Footprint())
+    def has(self, id_: str) -> bool:
+        """Whether the row ever ran."""
+        return any(id_ in block.results for block in self._blocks)
+
+    def take(self, ids: Sequence[str]) -> Done:
+        """Those of these rows that ran in blocks of nothing but these rows.
+
+        The footprint of any other block counts rows that are not wanted. Rows that ran twice are
+        in two blocks, of which the longer one is taken.
+        """
+        left, done = set(ids), Done()
+        for block in sorted(self._blocks, key=lambda block: -len(block.results)):
+            if block.results.keys() <= left:
+                left -= block.results.keys()
+                done.results |= block.results
+                done.footprint += block.footprint
+        return done
 
     def _take(self, result: dict[str, Any], footprint: Footprint) -> None:
-        self.results[result["id"]] = result
-        self._footprints[result["id"]] = footprint
+        if footprint.tokens or not self._blocks:
+            self._blocks.append(Done())
+        self._blocks[-1].add(result, footprint)
 
     def _write(self, line: dict[str, Any], mode: str) -> None:
         assert self.path is not None

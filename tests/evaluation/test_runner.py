@@ -88,6 +88,38 @@ def test_more_rows_go_on_from_fewer(tmp_path):
     assert run_tasks(subject(), [tiny()], limit=2, store=tmp_path)["tiny"]["count"] == 2
 
 
+class Together(Tiny):
+    """Scores all rows it is given before it yields the first."""
+
+    def evaluate(self, rows, subject):
+        ASKED.extend(row["id"] for row in rows)
+        yield from Choice.evaluate(self, rows, subject)
+
+
+def together(limit=None, store=None) -> dict:
+    ASKED.clear()
+    task = Together(name="tiny", pairs=choice._after_question)
+    found = run_tasks(subject(DMC(delay=2)), [task], limit=limit, store=store)["tiny"]
+    del found["seconds"]
+    return found
+
+
+def test_bytes_of_rows_beyond_the_limit_do_not_count(tmp_path, caplog):
+    whole = together(store=tmp_path)
+    assert len(ASKED) == 12
+    few = together(limit=4, store=tmp_path)
+    assert few == together(limit=4) and few["tokens"] < whole["tokens"] / 2
+    assert "tiny: 4 rows run again" in caplog.text
+    caplog.clear()
+    # Both are kept, and of rows that ran twice each limit takes those that ran for it.
+    assert together(limit=4, store=tmp_path) == few and ASKED == []
+    assert together(store=tmp_path) == whole and ASKED == []
+    assert together(limit=6, store=tmp_path)["tokens"] == together(limit=6)["tokens"]
+    assert caplog.text.count("run again") == 1
+    together(limit=6, store=tmp_path)
+    assert ASKED == []
+
+
 def test_results_of_other_settings_are_refused(tmp_path):
     run_tasks(subject(), [tiny()], limit=2, store=tmp_path)
     with pytest.raises(TasksFailed, match="other settings .*policy None there"):
