@@ -1,0 +1,342 @@
+"""Every variant changes what it says, in training and at inference, and leaves no trace."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from benchmarks.variants import VARIANTS, entmax_sigmoid, split
+from cachefold import DMC, fold
+from cachefold.cache import layers
+from cachefold.core import decisions, merging
+from cachefold.core.decisions import Decisions
+from cachefold.models import attention
+from cachefold.models.attention import FoldedAttention
+from cachefold.models.fold import FoldRun, new_cache
+from cachefold.models.hub import load_folded, read_config
+from cachefold.retrofit import data, losses, trainer
+from cachefold.retrofit.config import RetrofitConfig, from_dict
+from cachefold.retrofit.data import PackedDataset
+from cachefold.retrofit.losses import distillation_loss
+from cachefold.retrofit.prepare import load_model, prepare
+from cachefold.retrofit.run import run_retrofit
+from cachefold.retrofit.trainer import RetrofitTrainer
+from cachefold.zoo import load_base
+from tests.models.tiny import random_ids, scramble_decisions, tiny_model
+from tests.retrofit.test_losses import inputs
+from tests.retrofit.tiny import recipe
+
+OWNERS = (
+    attention, decisions, layers, losses, merging, trainer, DMC, FoldedAttention, RetrofitTrainer,
+)  # fmt: skip
+
+
+def swapped() -> list[Any]:
+    """All that a variant may replace."""
+    return [value for owner in OWNERS for value in vars(owner).values()]
+
+
+def dial_config(workspace: Path, output: str, steps: int, **train: object) -> RetrofitConfig:
+    values = recipe(workspace, output, steps, **train)
+    values["policy"] = {"name": "dmc", "cr": 2, "max_cr": 6, "delay": 4}
+    return from_dict(values)
+
+
+def tiny_folded(delay: int = 4) -> Any:
+    """Merges about half of its tokens."""
+    model = fold(tiny_model(), DMC(delay=delay))
+    scramble_decisions(model)
+    return model
+
+
+def logits_of(model: Any, ids: Tensor, **run: Any) -> tuple[Tensor, dict[int, Decisions]]:
+    """Of the parallel form, and what was decided."""
+    found: dict[int, Decisions] = {}
+    torch.manual_seed(0)
+    with torch.no_grad():
+        output = model(input_ids=ids, use_cache=False, fold_run=FoldRun(recorder=found, **run))
+    return output.logits, found
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_is_trained_and_measured_alike_and_leaves_no_trace(
+    name: str, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "CALIBRATION_TOKENS", 128)
+    before = swapped()
+    with VARIANTS[name]():
+        assert any(old is not new for old, new in zip(before, swapped(), strict=True))
+        facts = run_retrofit(dial_config(workspace, name, 4, ramp_fraction=0.1))
+        assert "dial" in read_config(facts["folder"])
+        model: Any = load_folded(facts["folder"], load_base(str(workspace / "model"))[0].float())
+        cache, ids = new_cache(model, cr=3), random_ids(1, 60)
+        with torch.no_grad():
+            cached = model(input_ids=ids, past_key_values=cache).logits
+        assert cache.compression_ratio() > 1.5
+        position = model._cachefold_dial.position(3)
+        torch.testing.assert_close(cached, logits_of(model, ids, position=position)[0])
+    assert all(old is new for old, new in zip(before, swapped(), strict=True))
+
+
+def test_a_variant_is_taken_back_when_a_run_fails() -> None:
+    before = swapped()
+    with pytest.raises(KeyboardInterrupt), VARIANTS["first-position"]():
+        raise KeyboardInterrupt
+    assert all(old is new for old, new in zip(before, swapped(), strict=True))
+
+
+def test_changes_name_one_variant_at_most() -> None:
+    assert split([]) == ([], None)
+    assert split(["train.seed=1", "variant=sinks"]) == (["train.seed=1"], "sinks")
+    for changes in (["variant=sink"], ["variant=sinks", "variant=hybrid"]):
+        with pytest.raises(ValueError, match="decide-later.* can be a variant"):
+            split(changes)
+
+
+class Watch(TrainerCallback):
+    """Which weights moved in each step: adapters, decisions."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.moved = model, []
+        self.last = self._state()
+
+    def _state(self) -> list[Tensor]:
+        named = list(self.model.named_parameters())
+        parts = [[p for n, p in named if kind in n] for kind in ("lora_B", ".decision.")]
+        return [torch.cat([p.detach().flatten() for p in part]).clone() for part in parts]
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        now = self._state()
+        self.moved.append([not torch.equal(*pair) for pair in zip(now, self.last, strict=True)])
+        self.last = now
+
+
+def trainer_of(workspace: Path, folder: Path, steps: int) -> RetrofitTrainer:
+    config = dial_config(workspace, str(folder), steps, ramp_fraction=0.1)
+    model, _ = load_model(config)
+    prepare(model, config)
+    text = PackedDataset(random_ids(2, 48), length=2 * steps)
+    return RetrofitTrainer(model, args=config, train_dataset=text)
+
+
+@pytest.mark.parametrize(
+    ("name", "adapters"), [("frozen", [False] * 4), ("separate", [False, False, True, True])]
+)
+def test_decisions_learn_alone(
+    name: str, adapters: list[bool], workspace: Path, tmp_path: Path
+) -> None:
+    run = trainer_of(workspace, tmp_path, 4)
+    watch = Watch(run.model)
+    run.add_callback(watch)
+    with VARIANTS[name]():
+        run.train()
+    assert watch.moved == [[moved, True] for moved in adapters]
+
+
+@pytest.mark.parametrize(("name", "share"), [("reverse-kl", 1.0), ("jeffreys", 0.5)])
+@pytest.mark.parametrize(("ce_weight", "softcap"), [(0.0, None), (0.3, None), (0.3, 2.0)])
+def test_divergences_equal_the_plain_ones(
+    name: str, share: float, ce_weight: float, softcap: float | None
+) -> None:
+    student, teacher, head, labels = inputs()
+    logits, target = student @ head.T, (teacher @ head.T).detach()
+    if softcap:
+        logits, target = (torch.tanh(x / softcap) * softcap for x in (logits, target))
+    logp, logq = logits.log_softmax(-1), target.log_softmax(-1)
+    reverse = (logp.exp() * (logp - logq)).sum(-1).mean()
+    forward = (logq.exp() * (logq - logp)).sum(-1).mean()
+    kd = share * reverse + (1 - share) * forward
+    ce = torch.nn.functional.nll_loss(logp, labels, ignore_index=-100)
+    weights = {"kd_weight": 0.7, "ce_weight": ce_weight, "softcap": softcap}
+    with VARIANTS[name]():
+        loss, found, _ = distillation_loss(student, teacher, head, labels, chunk=3, **weights)
+    wanted = 0.7 * kd + ce_weight * ce
+    torch.testing.assert_close((loss, found), (wanted, kd))
+    assert not torch.allclose(reverse, forward)
+    grads = [torch.autograd.grad(x, (student, head)) for x in (loss, wanted)]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("name", ["reverse-kl", "jeffreys"])
+def test_without_a_teacher_divergences_are_nothing(name: str) -> None:
+    student, _, head, labels = inputs()
+    weights = {"kd_weight": 0.0, "ce_weight": 1.0}
+    plain = distillation_loss(student, None, head, labels, **weights)
+    with VARIANTS[name]():
+        assert distillation_loss(student, None, head, labels, **weights)[0] == plain[0]
+
+
+def test_hidden_states_are_matched(workspace: Path, tmp_path: Path) -> None:
+    run, ids = trainer_of(workspace, tmp_path, 2), random_ids(1, 5)
+    student, target = torch.randn(2, 1, 5, 32, generator=torch.Generator().manual_seed(0))
+    student.requires_grad_()
+    plain = run._distil(student, target, ids)
+    with VARIANTS["hidden-matching"]():
+        matched = run._distil(student, target, ids)
+    error = (student - target).square().sum() / target.square().sum()
+    torch.testing.assert_close(matched[0] - plain[0], error)
+    assert matched[1:] == plain[1:]
+    grads = [torch.autograd.grad(x, student)[0] for x in (matched[0], plain[0], error)]
+    torch.testing.assert_close(grads[0], grads[1] + grads[2])
+
+
+def test_entmax_is_what_its_definition_gives() -> None:
+    """p_i = (x_i / 2 - threshold)^2 where that is positive, and their sum is 1."""
+    x = torch.linspace(-3, 3, 61, dtype=torch.float64)
+    halves = torch.stack([x, 0 * x]) / 2
+    low, high = halves.max(0).values - 1, halves.max(0).values
+    for _ in range(60):
+        middle = (low + high) / 2
+        above = (halves - middle).clamp(min=0).square().sum(0) > 1
+        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    wanted = (halves[0] - low).clamp(min=0).square()
+    torch.testing.assert_close(entmax_sigmoid(x), wanted, atol=1e-9, rtol=0)
+    inside = torch.linspace(-1.9, 1.9, 9, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(entmax_sigmoid, inside)
+
+
+@pytest.mark.parametrize("method", ["gumbel", "sigmoid"])
+def test_entmax_relaxes_to_exact_decisions_too(method: str) -> None:
+    logits, options = torch.linspace(-4, 4, 500), {"temperature": 0.5, "method": method}
+    plain = attention.relax(logits, **options)
+    with VARIANTS["entmax"]():
+        alpha, again = (attention.relax(logits, **options) for _ in range(2))
+    assert (plain > 0).all() and (alpha == 0).any() and (alpha == 1).any()
+    assert ((alpha > 0) & (alpha < 1)).any()
+    assert torch.equal(alpha, again) == (method == "sigmoid")
+    if method == "sigmoid":
+        assert torch.equal(alpha, entmax_sigmoid(logits / 0.5))
+    inside = ((alpha > 0) & (alpha < 1)).nonzero()
+    assert (inside.min() < 150) == (method == "gumbel")  # noise takes it far from 0
+
+
+def test_hybrid_heads_are_hard_or_soft_and_all_learn() -> None:
+    logits = torch.randn(8, 16, 20, requires_grad=True)
+    with VARIANTS["hybrid"]():
+        alpha = attention.relax(logits, temperature=0.3, method="gumbel")
+    is_hard = ((alpha == 0) | (alpha == 1)).all(-1)
+    is_soft = ((alpha > 0) & (alpha < 1)).any(-1)
+    assert torch.equal(is_hard, ~is_soft)
+    assert 0.3 < is_hard.float().mean() < 0.7
+    alpha.sum().backward()
+    assert logits.grad.gt(0).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("mode", ["hard", "relaxed"])
+def test_sinks_stay_entries_of_their_own(mode: str) -> None:
+    model, ids = tiny_folded(), random_ids(2, 30)
+    for layer in model.model.layers:
+        layer.self_attn.decision.bias.data.fill_(9.0)  # merges all
+    plain = logits_of(model, ids, mode=mode)[1][0].alpha
+    assert (plain[:, :, 1:] > 0.99).all()
+    with VARIANTS["sinks"]():
+        alpha = logits_of(model, ids, mode=mode)[1][0].alpha
+        cache = new_cache(model)
+        model(input_ids=ids[:, :20], past_key_values=cache)
+        for token in range(20, 30):
+            model(input_ids=ids[:, token : token + 1], past_key_values=cache)
+    assert not alpha[:, :, :5].any() and torch.equal(alpha[:, :, 5:], plain[:, :, 5:])
+    # Four sinks, the ring of four, and all the others in one.
+    assert all((entries == 9).all() for entries in cache.entries())
+
+
+def test_sinks_of_a_padded_text_are_its_first_tokens() -> None:
+    valid = torch.ones(1, 12, dtype=torch.bool)
+    valid[:, :3] = False
+    with VARIANTS["sinks"]():
+        alpha = attention.constrain(torch.ones(1, 1, 12), valid)
+    assert alpha.flatten().tolist() == [0.0] * 8 + [1.0] * 4
+
+
+@pytest.mark.parametrize("per", ["head", "layer"])
+def test_mean_merge_weighs_all_tokens_alike(per: str) -> None:
+    model, ids = fold(tiny_model(), DMC(delay=4, per=per)), random_ids(1, 30)
+    scramble_decisions(model)
+    plain, found = logits_of(model, ids)
+    assert all((d.omega < 1).any() for d in found.values())
+    with VARIANTS["mean-merge"]():
+        logits, found = logits_of(model, ids)
+    assert all((d.omega == 1).all() and d.alpha.any() for d in found.values())
+    assert not torch.allclose(logits, plain, atol=1e-4)
+    heads = found[0].alpha[0]
+    assert torch.equal(heads[0], heads[1]) == (per == "layer")
+
+
+@pytest.mark.parametrize("delay", [0, 4])
+def test_later_decisions_come_from_later_tokens(delay: int) -> None:
+    model, ids = tiny_folded(delay), random_ids(2, 30)
+    plain = logits_of(model, ids)[1][0].logits  # of the first layer, whose input does not change
+    with VARIANTS["decide-later"]():
+        late = logits_of(model, ids)[1][0]
+        short = logits_of(model, ids[:, :3])[1][0].logits
+    assert torch.equal(late.logits[..., : 30 - delay], plain[..., delay:])
+    assert torch.equal(late.hard().alpha[..., 1:], late.alpha[..., 1:])
+    assert torch.equal(short, plain[..., :3] if not delay else plain[..., [2, 2, 2]])
+
+
+@pytest.mark.parametrize("mode", ["hard", "relaxed"])
+def test_later_decisions_look_at_nothing_that_has_not_come(mode: str) -> None:
+    model, ids = tiny_folded(), random_ids(1, 40)
+    changed = ids.clone()
+    changed[:, 25:] = random_ids(1, 15, seed=7)
+    with VARIANTS["decide-later"]():
+        before, after = (logits_of(model, x, mode=mode)[0] for x in (ids, changed))
+    torch.testing.assert_close(before[:, :25], after[:, :25])
+    assert not torch.allclose(before[:, 25:], after[:, 25:], atol=1e-3)
+
+
+def places_of(name: str, alpha: Tensor, omega: Tensor) -> Tensor:
+    """(T,) where the running entries of one head stand, one by one."""
+    places: list[float] = []
+    start = 0
+    for token in range(len(alpha)):
+        start = start if alpha[token] else token
+        tokens = torch.arange(start, token + 1)
+        weights = omega[tokens] / omega[tokens].sum()
+        places.append(start if name == "first-position" else (weights * tokens).sum().item())
+    return torch.tensor(places)
+
+
+@pytest.mark.parametrize("name", ["first-position", "mean-position"])
+def test_entries_stand_where_they_are_put(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids, calls = tiny_folded(), random_ids(1, 30), []
+    choose = attention.choose
+    monkeypatch.setattr(attention, "choose", lambda call: calls.append(call) or choose(call))
+    recorder = logits_of(model, ids)[1]
+    plain = calls[0].merged_key  # of the first layer, whose input does not change
+    with VARIANTS[name]():
+        logits_of(model, ids)
+    found, decided = calls[len(model.model.layers)].merged_key, recorder[0]
+    angles = model.model.rotary_emb.inv_freq
+    moved = 0
+    for head in range(2):
+        places = places_of(name, decided.alpha[0, head], decided.omega[0, head])
+        for token, place in enumerate(places.tolist()):
+            pairs = torch.complex(*plain[0, head, token].chunk(2))
+            turned = pairs * torch.exp(1j * (place - token) * angles)
+            wanted = torch.cat([turned.real, turned.imag])
+            torch.testing.assert_close(found[0, head, token], wanted, atol=1e-4, rtol=1e-4)
+            moved += not torch.allclose(found[0, head, token], plain[0, head, token], atol=1e-2)
+    assert moved > 10
+
+
+@pytest.mark.parametrize("name", ["first-position", "mean-position", "decide-later"])
+def test_variants_of_whole_texts_refuse_to_go_on(name: str) -> None:
+    model = tiny_folded()
+    with VARIANTS[name]():
+        cache = model(random_ids(1, 20)).past_key_values
+        with pytest.raises(NotImplementedError, match="whole texts"):
+            model(random_ids(1, 1), past_key_values=cache)
+
+
+@pytest.mark.parametrize("name", ["first-position", "mean-position"])
+def test_positions_need_plain_rotary_embeddings(name: str) -> None:
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}
+    model = fold(tiny_model(rope_parameters=rope), DMC())
+    with VARIANTS[name](), pytest.raises(NotImplementedError, match="plain rotary"):
+        model(random_ids(1, 20))
