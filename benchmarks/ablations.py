@@ -5,13 +5,16 @@ python benchmarks/ablations.py base delay-0    # some
 python benchmarks/ablations.py --table         # Markdown of what is measured so far
 
 Every run is a dial, so that all are compared at exactly the same ratios, calibrated on training
-text. Results are added to a JSON file; runs that are in it are not done again.
+text. What no option of a recipe can say is a `variant=NAME` of variants.py. Results are added to a
+JSON file; runs that are in it are not done again.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,8 +24,12 @@ import yaml
 from transformers.utils import logging
 
 from cachefold.evaluation.heldout import measure_artefact
-from cachefold.retrofit.config import load_recipe
+from cachefold.retrofit.config import RetrofitConfig, load_recipe
 from cachefold.retrofit.run import FINAL, run_retrofit
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # of a script only its own folder is on it
+
+from benchmarks.variants import VARIANTS, split
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes" / "ablations"
@@ -52,15 +59,25 @@ def main() -> None:
 
 
 def run(name: str, changes: list[str], pieces: int) -> dict[str, Any]:
-    """One retrofit and its held-out loss at every ratio."""
+    """One retrofit and its held-out loss at every ratio, both under its variant if it has one."""
+    overrides, variant = split(changes)
     output = Path("runs") / "ablations" / name
-    config = load_recipe(RECIPES / "base.yaml", [f"output_dir={output}", *changes])
+    config = load_recipe(RECIPES / "base.yaml", [f"output_dir={output}", *overrides])
+    found: dict[str, Any] = {"changes": changes}
+    with VARIANTS[variant]() if variant else contextlib.nullcontext():
+        found |= train_and_measure(config, pieces)
+    return found
+
+
+def train_and_measure(config: RetrofitConfig, pieces: int) -> dict[str, Any]:
+    """Minutes of training, and the increase over dense at every ratio."""
+    final = Path(config.output_dir) / FINAL
     start = time.monotonic()
-    if not (output / FINAL / "cachefold.json").is_file():
-        run_retrofit(config, resume=(output / "recipe.yaml").is_file())
-    found: dict[str, Any] = {"changes": changes, "minutes": (time.monotonic() - start) / 60}
+    if not (final / "cachefold.json").is_file():
+        run_retrofit(config, resume=(final.parent / "recipe.yaml").is_file())
+    found: dict[str, Any] = {"minutes": (time.monotonic() - start) / 60}
     for cr in RATIOS:
-        facts = measure_artefact(output / FINAL, cr=cr, pieces=pieces, progress=print)
+        facts = measure_artefact(final, cr=cr, pieces=pieces, progress=print)
         found[f"{cr:g}"] = {
             "increase": facts["mean_increase"],
             "files": {file["name"]: [file["increase"], file["cr"]] for file in facts["files"]},
