@@ -192,7 +192,7 @@ def make_passes(shape: Shape, rows: int) -> Passes:
     key_bytes = bias_bytes + shape.page_size * shape.biased * size
     page_bytes = key_bytes + shape.page_size * value_dim * size
     key_strip, value_strip = LANES * size, LANES * value_dim * size
-    score = make_score(rows, key_dim, shape.page_size, shape.half, key_dim + shape.biased)
+    score = make_score(rows, key_dim, shape.page_size, shape.half, shape.biased)
     weigh = make_weigh(rows, value_dim, shape.half)
     weigh_tokens = make_weigh(rows, value_dim, False)
     soften, dots = make_soften(rows, value_dim), make_dots(rows, key_dim)

@@ -129,7 +129,7 @@ def _typed(emit: Callable[..., None], count: int) -> tuple[Any, Any]:
     return types.void(*[types.int64] * count), codegen
 
 
-def make_score(rows: int, dim: int, stride: int, half: bool, channels: int | None = None) -> Any:
+def make_score(rows: int, dim: int, stride: int, half: bool, biased: bool = False) -> Any:
     """Scores of 16 entries: score(query, keys, out, out_stride, upcoming).
 
     Args:
@@ -137,7 +137,7 @@ def make_score(rows: int, dim: int, stride: int, half: bool, channels: int | Non
         dim: D, a multiple of 4.
         stride: entries between one channel and the next: the page size.
         half: keys are bfloat16.
-        channels: of the keys, to be prefetched: D, or one more with a bias behind; None = D.
+        biased: a bias lies behind the keys, to be prefetched with them.
 
     Returns:
         A numba function of addresses: query (R, D) float32; keys (D, stride); out, whose row r
@@ -148,7 +148,7 @@ def make_score(rows: int, dim: int, stride: int, half: bool, channels: int | Non
 
     def emit(b: Builder, query: Any, keys: Any, out: Any, out_stride: Any, upcoming: Any) -> None:
         sums = _variables(b, [_const(0.0)] * rows)
-        if channels is not None and channels > dim:
+        if biased:
             _prefetch(b, b.add(upcoming, _long(dim * stride * size)), _long(0), 64)
         with cgutils.for_range(b, _long(dim // unroll)) as loop:
             key = b.add(keys, b.mul(loop.index, _long(stride * size * unroll)))

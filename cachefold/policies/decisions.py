@@ -22,7 +22,7 @@ DIAL_SLOPE = 7.0
 """Merge logits per position of the dial before training: trained logits are spread over tens."""
 SPARED = 1.6
 """Positions by which heads that are spared stay behind for each that the dial is short of its end:
-at half of the largest ratio or less they keep nearly all tokens."""
+of a dial to 8 they keep nearly all tokens up to a ratio of 4."""
 
 
 class LinearDecision(nn.Module):
@@ -76,13 +76,18 @@ class LinearDecision(nn.Module):
 
         With a dial it stays behind by `SPARED` positions for each that the dial is short of `end`,
         where it has caught up: heads that keep all tokens at the largest ratio would be half of
-        the cache. Training leaves it alone from then on. Else it takes it back: what the head is
-        there for is rare in most text, and all heads are pressed alike to merge.
+        the cache. Beyond `end` it is ahead of the others. Without a dial it stays behind by a fixed
+        number of logits. Training leaves it alone from then on. Else it takes it back: what the
+        head is there for is rare in most text, and all heads are pressed alike to merge.
 
         Args:
             head: kv head.
             end: position of the largest ratio; not used without a dial.
 
+        >>> decision = LinearDecision(4, 2)
+        >>> decision.spare(1)
+        >>> decision(None, None, torch.ones(1, 1, 4))[0].flatten().round().tolist()
+        [-4.0, -15.0]
         >>> decision = LinearDecision(4, 2, dial=True)
         >>> decision.spare(1, end=2.0)
         >>> for position in (0.0, 1.0, 2.0):

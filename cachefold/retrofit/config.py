@@ -91,7 +91,8 @@ class TrainConfig:
     """`bfloat16` or `float32`; of the base weights and the matrix products."""
     spare: list[list[int]] = field(default_factory=list)
     """Heads that merge later than others, [layer, kv head] each: those that look words up far back
-    (retrieval heads). Their decisions stay as they start, and the others compress the more."""
+    (retrieval heads). Their decisions stay as they start, and the others compress the more. With a
+    dial they catch up towards the largest ratio."""
     gradient_checkpointing: bool = False
     """Trade compute for memory in the backward pass."""
     tensorboard: bool = False
@@ -119,7 +120,7 @@ class RetrofitConfig:
     """Folder for checkpoints, log and result."""
     init: str | None = None
     """Folder of an artefact to start from, of the same base, kind of policy (or `gqa` with the same
-    `kv_heads`) and LoRA rank."""
+    `kv_heads`) and LoRA rank; a dial also for a single ratio."""
     policy: dict[str, Any] = field(default_factory=lambda: {"name": "dmc"})
     """Policy name and its options, such as `{name: dmc, cr: 2, delay: 16}`."""
     data: DataConfig = field(default_factory=DataConfig)

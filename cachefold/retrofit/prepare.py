@@ -103,7 +103,8 @@ def start_from(model: PreTrainedModel, config: RetrofitConfig) -> None:
     ratio starts as it was at that ratio.
 
     Raises:
-        ValueError: no artefact there, or one of another base, policy or LoRA rank.
+        ValueError: no artefact there, one of another base, policy or LoRA rank, or a dial that ends
+            below the ratio.
     """
     assert config.init is not None
     artefact = read_config(config.init)
@@ -120,6 +121,12 @@ def start_from(model: PreTrainedModel, config: RetrofitConfig) -> None:
     if before.get("proportional") and not getattr(policy, "proportional", False):
         raise ValueError(
             f"init {config.init} was trained with policy.proportional=true; set it in the recipe"
+        )
+    most = before.get("max_cr")
+    if most is not None and policy.max_cr is None and policy.cr > most:
+        raise ValueError(
+            f"init {config.init} is a dial for ratios up to {most:g}; the recipe asks for "
+            f"{policy.cr:g} (policy.cr)"
         )
     fresh = [name for name, _ in model.named_parameters() if _is_new(name, before)]
     with _dial_settled(model, artefact, policy):

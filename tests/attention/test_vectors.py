@@ -37,10 +37,11 @@ def run(function, *arguments) -> None:
 
 
 @HALF
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(("rows", "stride"), [(1, 16), (3, 32), (12, 16)])
-def test_score(rows, stride, half):
+def test_score(rows, stride, biased, half):
     query, keys, out = numbers(rows, 8), stored(numbers(8, stride), half), nan(rows, 20)
-    run(vectors.make_score(rows, 8, stride, half), query, keys, out, 80, keys)
+    run(vectors.make_score(rows, 8, stride, half, biased), query, keys, out, 80, keys)
     torch.testing.assert_close(out[:, :16], query @ keys.float()[:, :16], rtol=0, atol=1e-5)
     assert out[:, 16:].isnan().all()
 

@@ -70,6 +70,9 @@ def test_a_dial_goes_on_as_the_single_ratio_it_stood_at(workspace: Path, tmp_pat
             layer.self_attn.decision(None, None, states), one(None, None, states, 2.0), strict=True
         ):
             torch.testing.assert_close(found, wanted)
+    values["policy"]["cr"] = 7
+    with pytest.raises(ValueError, match="a dial for ratios up to 6; the recipe asks for 7"):
+        prepare(load_model(from_dict(values))[0], from_dict(values))
 
 
 @pytest.fixture(scope="module")
