@@ -165,7 +165,8 @@ def entmax() -> AbstractContextManager[None]:
     """Does a relaxation that gets to exactly 0 and 1 leave less of a gap to hard decisions?
 
     Dynamic Context Pruning (Anagnostidis et al. 2023) has it without noise, as here with
-    `train.relaxation: sigmoid`. With `gumbel` the noise stays: no logit is without any gradient.
+    `train.relaxation: sigmoid`. With `gumbel` the noise stays: logits near 0 get a gradient now and
+    then. Far ones get none, as noise is clamped.
     """
 
     def relax(logits: Tensor, *, temperature: float, method: str) -> Tensor:
