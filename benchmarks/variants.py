@@ -221,7 +221,8 @@ def decide_later() -> AbstractContextManager[None]:
     """Does a decision get better with all the context there is when it is carried out?
 
     The merge logit of token t is that of the hidden state `delay` tokens later, which arrives as
-    t leaves the ring. The last tokens of a text, which never leave it, take that of the last one.
+    t leaves the ring. The last tokens of a text, which never leave it, take that of the last one:
+    it stands for delay + 1 tokens in the mean alpha of the compression loss.
     """
     original = FoldedAttention._alpha
 
