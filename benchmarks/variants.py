@@ -1,8 +1,7 @@
 """Other ways to train and merge than the library has, for the length of a `with` block.
 
 The library keeps what earned its place, so these are swaps of its functions, for ablations.py. One
-must be there while a model is trained and while it is measured: what it trains is an artefact
-like any other, and without its variant would be read wrongly.
+must be there in training and in measuring: its artefacts look like all others, but depend on it.
 
 Legend: B batch, K kv heads, T tokens, D head dim; `alpha`, `omega` as in `core.decisions`.
 """
@@ -32,7 +31,6 @@ SINKS = 4
 PREFIX = "variant="
 Variant: TypeAlias = Callable[[], AbstractContextManager[None]]
 VARIANTS: dict[str, Variant] = {}
-"""By name; each makes a context manager."""
 
 
 def split(changes: Sequence[str]) -> tuple[list[str], str | None]:
@@ -164,9 +162,8 @@ def entmax_sigmoid(x: Tensor) -> Tensor:
 def entmax() -> AbstractContextManager[None]:
     """Does a relaxation that gets to exactly 0 and 1 leave less of a gap to hard decisions?
 
-    Dynamic Context Pruning (Anagnostidis et al. 2023) has it without noise, as here with
-    `train.relaxation: sigmoid`. With `gumbel` the noise stays: logits near 0 get a gradient now and
-    then. Far ones get none, as noise is clamped.
+    Dynamic Context Pruning (Anagnostidis et al. 2023) has it without noise, as here with `sigmoid`.
+    With the noise of `gumbel` logits near 0 get a gradient now and then, far ones none.
     """
 
     def relax(logits: Tensor, *, temperature: float, method: str) -> Tensor:
@@ -202,7 +199,8 @@ def sinks() -> AbstractContextManager[None]:
         later = valid.cumsum(1) > SINKS + 1
         return decisions.constrain(alpha, valid) * later[:, None].to(alpha.dtype)
 
-    return _swapped((attention, "constrain", constrain), (trainer, "constrain", constrain))
+    swaps = [(owner, "constrain", constrain) for owner in (attention, trainer)]
+    return _swapped(_of_whole_texts(FoldedAttention._alpha), *swaps)
 
 
 @_variant
@@ -227,18 +225,22 @@ def decide_later() -> AbstractContextManager[None]:
     original = FoldedAttention._alpha
 
     def alpha(self: Any, logits: Tensor, *args: Any) -> Tensor:
-        _refuse_continuing(args[-1])
         tokens = logits.shape[-1]
         later = torch.arange(tokens, device=logits.device) + self.policy.delay
         return original(self, logits[..., later.clamp(max=tokens - 1)], *args)
 
-    return _swapped((FoldedAttention, "_alpha", alpha))
+    return _swapped(_of_whole_texts(alpha))
 
 
-def _refuse_continuing(valid: Tensor | None) -> None:
-    """All that ablations.py does is on whole texts in one pass; a cache does not know variants."""
-    if valid is None:
-        raise NotImplementedError("this variant reads whole texts, and can't go on with a cache")
+def _of_whole_texts(decide: Callable[..., Tensor]) -> tuple[Any, str, Any]:
+    """Swap of `_alpha` for whole texts, all that ablations.py has: caches know no variants."""
+
+    def alpha(self: Any, *args: Any) -> Tensor:
+        if args[-1] is None:
+            raise NotImplementedError("this variant reads whole texts, can't go on with a cache")
+        return decide(self, *args)
+
+    return FoldedAttention, "_alpha", alpha
 
 
 @_variant
@@ -252,8 +254,7 @@ def mean_position() -> AbstractContextManager[None]:
     """Is an entry better placed at the weighted mean of its tokens' positions?"""
 
     def back(alpha: Tensor, omega: Tensor) -> Tensor:
-        places = torch.arange(alpha.shape[-1], device=alpha.device, dtype=torch.float32)
-        places = places.expand_as(alpha)
+        places = torch.arange(alpha.shape[-1], device=alpha.device).float().expand_as(alpha)
         mean, _, _ = merging.running_means(places[..., None], places[..., None], alpha, omega)
         return places - mean[..., 0]
 
@@ -270,7 +271,6 @@ def _entries_placed(back: Callable[[Tensor, Tensor], Tensor]) -> AbstractContext
 
     def alpha(self: Any, *args: Any) -> Tensor:
         nonlocal angles
-        _refuse_continuing(args[-1])
         angles = _token_angles(self.config, self.head_dim)
         return decide(self, *args)
 
@@ -285,7 +285,7 @@ def _entries_placed(back: Callable[[Tensor, Tensor], Tensor]) -> AbstractContext
         return rotate(keys[:, None], cos, sin).view_as(mean_key), mean_value, weight
 
     return _swapped(
-        (FoldedAttention, "_alpha", alpha),
+        _of_whole_texts(alpha),
         (attention, "running_means", running_means),
         (layers, "running_means", running_means),
     )
@@ -296,5 +296,4 @@ def _token_angles(config: Any, dim: int) -> Tensor:
     rope = config.rope_parameters
     if rope["rope_type"] != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise NotImplementedError(f"positions of entries are for plain rotary embeddings: {rope}")
-    angles = rope["rope_theta"] ** (-torch.arange(0, dim, 2) / dim)
-    return torch.cat([angles, angles])
+    return rope["rope_theta"] ** (-torch.arange(0, dim, 2).repeat(2) / dim)
