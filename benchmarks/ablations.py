@@ -6,7 +6,8 @@ python benchmarks/ablations.py --table         # Markdown of what is measured so
 
 Every run is a dial, so that all are compared at exactly the same ratios, calibrated on training
 text. What no option of a recipe can say is a `variant=NAME` of variants.py. Results are added to a
-JSON file; runs that are in it are not done again.
+JSON file; runs that are in it are not done again. The file `variant` in the folder of a run names
+the variant that its artefact needs; it is empty where that is none.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import yaml
 from transformers.utils import logging
 
 from cachefold.evaluation.heldout import measure_artefact
+from cachefold.retrofit.checkpoint import check_output, claim_output
 from cachefold.retrofit.config import RetrofitConfig, load_recipe
 from cachefold.retrofit.run import FINAL, run_retrofit
 
@@ -35,6 +37,7 @@ ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes" / "ablations"
 RESULTS = ROOT / "docs" / "results" / "ablations.json"
 RATIOS = (2.0, 4.0, 8.0)
+MARK = "variant"
 
 
 def main() -> None:
@@ -59,14 +62,37 @@ def main() -> None:
 
 
 def run(name: str, changes: list[str], pieces: int) -> dict[str, Any]:
-    """One retrofit and its held-out loss at every ratio, both under its variant if it has one."""
+    """One retrofit and its held-out loss at every ratio, both under its variant if it has one.
+
+    Raises:
+        ValueError: the folder of the run has one that was trained under another variant.
+    """
     overrides, variant = split(changes)
     output = Path("runs") / "ablations" / name
     config = load_recipe(RECIPES / "base.yaml", [f"output_dir={output}", *overrides])
     found: dict[str, Any] = {"changes": changes}
+    claim(config, variant or "")
     with VARIANTS[variant]() if variant else contextlib.nullcontext():
         found |= train_and_measure(config, pieces)
     return found
+
+
+def claim(config: RetrofitConfig, variant: str) -> None:
+    """Makes the folder of a run and marks it with its variant, or checks the mark it has."""
+    folder = Path(config.output_dir)
+    mark = folder / MARK
+    if folder.is_dir() and any(folder.iterdir()):
+        known = mark.read_text(encoding="utf-8").strip() if mark.is_file() else ""
+        if known != variant:
+            raise ValueError(
+                f"{folder} was trained under {known or 'no variant'}, not under "
+                f"{variant or 'none'}; move or delete it to train again"
+            )
+    else:
+        check_output(config, resume=False)
+        # A run starts in an empty folder only, and the mark must be there before: it is resumed.
+        claim_output(config)
+    mark.write_text(variant, encoding="utf-8")
 
 
 def train_and_measure(config: RetrofitConfig, pieces: int) -> dict[str, Any]:
@@ -74,7 +100,7 @@ def train_and_measure(config: RetrofitConfig, pieces: int) -> dict[str, Any]:
     final = Path(config.output_dir) / FINAL
     start = time.monotonic()
     if not (final / "cachefold.json").is_file():
-        run_retrofit(config, resume=(final.parent / "recipe.yaml").is_file())
+        run_retrofit(config, resume=True)
     found: dict[str, Any] = {"minutes": (time.monotonic() - start) / 60}
     for cr in RATIOS:
         facts = measure_artefact(final, cr=cr, pieces=pieces, progress=print)

@@ -10,6 +10,7 @@ import pytest
 from benchmarks import ablations
 from cachefold.core import decisions
 from cachefold.models import attention
+from cachefold.retrofit import data
 
 FACTS = {"mean_increase": 0.5, "files": [{"name": "chat", "increase": 0.5, "cr": 2.0}]}
 
@@ -31,6 +32,34 @@ def test_a_run_is_trained_and_measured_under_its_variant(
     found = ablations.run("any", changes, pieces=1)
     assert under == [variant is not None] * 4  # one training, three ratios
     assert found["changes"] == changes
+    assert Path("runs/ablations/any/variant").read_text() == (variant or "")
     assert found["8"] == {"increase": 0.5, "files": {"chat": [0.5, 2.0]}}
     assert attention.constrain is decisions.constrain
     assert ablations.table({"any": found}).endswith("| any | +0.5000 | +0.5000 | +0.5000 |")
+
+
+@pytest.mark.parametrize("variant", ["", "sinks"])
+def test_a_run_is_reused_under_its_variant_only(
+    variant: str, workspace: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "CALIBRATION_TOKENS", 128)
+    monkeypatch.setattr(ablations, "measure_artefact", lambda *_, **__: FACTS)
+    changes = [
+        f"model={workspace / 'model'}", f"data.files=[{workspace / 'text.jsonl'}]",
+        "data.seq_len=48", "data.held_out=4", "train.tokens=384", "train.batch_size=2",
+        "train.accumulation=1", "train.dtype=float32",
+    ]  # fmt: skip
+    own = [f"variant={variant}"] if variant else []
+    ablations.run("any", changes + own, pieces=1)
+    folder = Path("runs/ablations/any")
+    artefact = folder / "final" / "cachefold.json"
+    written = artefact.stat().st_mtime_ns
+    for other in {"", "sinks", "hybrid"} - {variant}:
+        with pytest.raises(ValueError, match="trained under .*; move or delete it"):
+            ablations.run("any", changes + ([f"variant={other}"] if other else []), pieces=1)
+    if not variant:
+        (folder / "variant").unlink()  # as runs had it that were made before
+    ablations.run("any", changes + own, pieces=1)
+    assert (folder / "variant").read_text() == variant
+    assert artefact.stat().st_mtime_ns == written
