@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -28,10 +27,7 @@ from cachefold.evaluation.heldout import measure_artefact
 from cachefold.retrofit.checkpoint import check_output, claim_output
 from cachefold.retrofit.config import RetrofitConfig, load_recipe
 from cachefold.retrofit.run import FINAL, run_retrofit
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # of a script only its own folder is on it
-
-from benchmarks.variants import VARIANTS, split
+from variants import VARIANTS, split
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes" / "ablations"

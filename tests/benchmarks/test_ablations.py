@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import ablations
+import ablations
 from cachefold.core import decisions
 from cachefold.models import attention
 from cachefold.retrofit import data

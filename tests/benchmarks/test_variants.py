@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from benchmarks.variants import VARIANTS, entmax_sigmoid, split
 from cachefold import DMC, fold
 from cachefold.cache import layers
 from cachefold.core import decisions, merging
@@ -30,6 +29,7 @@ from cachefold.zoo import load_base
 from tests.models.tiny import random_ids, scramble_decisions, tiny_model
 from tests.retrofit.test_losses import inputs
 from tests.retrofit.tiny import recipe
+from variants import VARIANTS, entmax_sigmoid, split
 
 OWNERS = (
     attention, decisions, layers, losses, merging, trainer, DMC, FoldedAttention, RetrofitTrainer,

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks.variants import split
 from cachefold.bases import BASES
 from cachefold.retrofit.config import load_recipe
 from cachefold.retrofit.plan import plan_retrofit
 from cachefold.retrofit.run import run_retrofit
 from cachefold.retrofit.schedule import RetrofitSchedule
 from cachefold.zoo import gguf_parts
+from variants import split
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMOLLM, GEMMA = "smollm2-135m", "gemma3-270m"

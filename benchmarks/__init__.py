@@ -1,1 +1,0 @@
-"""Scripts that measure; run them by their paths."""
