@@ -13,10 +13,9 @@ from transformers import TrainerCallback
 from cachefold import DMC, fold
 from cachefold.cache import layers
 from cachefold.core import decisions, merging
-from cachefold.core.decisions import Decisions
 from cachefold.models import attention
 from cachefold.models.attention import FoldedAttention
-from cachefold.models.fold import FoldRun, new_cache
+from cachefold.models.fold import new_cache
 from cachefold.models.hub import load_folded, read_config
 from cachefold.retrofit import data, losses, trainer
 from cachefold.retrofit.config import RetrofitConfig, from_dict
@@ -26,6 +25,7 @@ from cachefold.retrofit.prepare import load_model, prepare
 from cachefold.retrofit.run import run_retrofit
 from cachefold.retrofit.trainer import RetrofitTrainer
 from cachefold.zoo import load_base
+from tests.benchmark_scripts.tiny import logits_of
 from tests.models.tiny import random_ids, scramble_decisions, tiny_model
 from tests.retrofit.test_losses import inputs
 from tests.retrofit.tiny import recipe
@@ -45,22 +45,6 @@ def dial_config(workspace: Path, output: str, steps: int, **train: object) -> Re
     values = recipe(workspace, output, steps, **train)
     values["policy"] = {"name": "dmc", "cr": 2, "max_cr": 6, "delay": 4}
     return from_dict(values)
-
-
-def tiny_folded(delay: int = 4) -> Any:
-    """Merges about half of its tokens."""
-    model = fold(tiny_model(), DMC(delay=delay))
-    scramble_decisions(model)
-    return model
-
-
-def logits_of(model: Any, ids: Tensor, **run: Any) -> tuple[Tensor, dict[int, Decisions]]:
-    """Of the parallel form, and what was decided."""
-    found: dict[int, Decisions] = {}
-    torch.manual_seed(0)
-    with torch.no_grad():
-        output = model(input_ids=ids, use_cache=False, fold_run=FoldRun(recorder=found, **run))
-    return output.logits, found
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -232,30 +216,6 @@ def test_hybrid_heads_are_hard_or_soft_and_all_learn() -> None:
     assert (grads[0] > 0).any(-1).all()
 
 
-@pytest.mark.parametrize("mode", ["hard", "relaxed"])
-def test_sinks_stay_entries_of_their_own(mode: str) -> None:
-    model, ids = tiny_folded(), random_ids(2, 30)
-    for layer in model.model.layers:
-        layer.self_attn.decision.bias.data.fill_(9.0)  # merges all
-    plain = logits_of(model, ids, mode=mode)[1][0].alpha
-    assert (plain[:, :, 1:] > 0.99).all()
-    with VARIANTS["sinks"]():
-        alpha = logits_of(model, ids, mode=mode)[1][0].alpha
-        cache = new_cache(model)
-        model(input_ids=ids, past_key_values=cache)
-    assert not alpha[:, :, :5].any() and torch.equal(alpha[:, :, 5:], plain[:, :, 5:])
-    # Four sinks, the ring of four, and all the others in one.
-    assert all((entries == 9).all() for entries in cache.entries())
-
-
-def test_sinks_of_a_padded_text_are_its_first_tokens() -> None:
-    valid = torch.ones(1, 12, dtype=torch.bool)
-    valid[:, :3] = False
-    with VARIANTS["sinks"]():
-        alpha = attention.constrain(torch.ones(1, 1, 12), valid)
-    assert alpha.flatten().tolist() == [0.0] * 8 + [1.0] * 4
-
-
 @pytest.mark.parametrize("per", ["head", "layer"])
 def test_mean_merge_weighs_all_tokens_alike(per: str) -> None:
     model, ids = fold(tiny_model(), DMC(delay=4, per=per)), random_ids(1, 30)
@@ -268,79 +228,3 @@ def test_mean_merge_weighs_all_tokens_alike(per: str) -> None:
     assert not torch.allclose(logits, plain, atol=1e-4)
     heads = found[0].alpha[0]
     assert torch.equal(heads[0], heads[1]) == (per == "layer")
-
-
-@pytest.mark.parametrize("delay", [0, 4])
-def test_later_decisions_come_from_later_tokens(delay: int) -> None:
-    model, ids = tiny_folded(delay), random_ids(2, 30)
-    plain = logits_of(model, ids)[1][0].logits  # of the first layer, whose input does not change
-    with VARIANTS["decide-later"]():
-        late = logits_of(model, ids)[1][0]
-        short = logits_of(model, ids[:, :3])[1][0].logits
-    assert torch.equal(late.logits[..., : 30 - delay], plain[..., delay:])
-    assert torch.equal(late.hard().alpha[..., 1:], late.alpha[..., 1:])
-    assert torch.equal(short, plain[..., :3] if not delay else plain[..., [2, 2, 2]])
-
-
-@pytest.mark.parametrize("mode", ["hard", "relaxed"])
-def test_later_decisions_look_at_nothing_that_has_not_come(mode: str) -> None:
-    model, ids = tiny_folded(), random_ids(1, 40)
-    changed = ids.clone()
-    changed[:, 25:] = random_ids(1, 15, seed=7)
-    with VARIANTS["decide-later"]():
-        before, after = (logits_of(model, x, mode=mode)[0] for x in (ids, changed))
-    torch.testing.assert_close(before[:, :25], after[:, :25])
-    assert not torch.allclose(before[:, 25:], after[:, 25:], atol=1e-3)
-
-
-def places_of(name: str, alpha: Tensor, omega: Tensor) -> Tensor:
-    """(T,) where the running entries of one head stand, one by one."""
-    places: list[float] = []
-    start = 0
-    for token in range(len(alpha)):
-        start = start if alpha[token] else token
-        tokens = torch.arange(start, token + 1)
-        weights = omega[tokens] / omega[tokens].sum()
-        places.append(start if name == "first-position" else (weights * tokens).sum().item())
-    return torch.tensor(places)
-
-
-@pytest.mark.parametrize("name", ["first-position", "mean-position"])
-def test_entries_stand_where_they_are_put(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, ids, calls = tiny_folded(), random_ids(1, 30), []
-    choose = attention.choose
-    monkeypatch.setattr(attention, "choose", lambda call: calls.append(call) or choose(call))
-    recorder = logits_of(model, ids)[1]
-    plain = calls[0].merged_key  # of the first layer, whose input does not change
-    with VARIANTS[name]():
-        logits_of(model, ids)
-    found, decided = calls[len(model.model.layers)].merged_key, recorder[0]
-    angles = model.model.rotary_emb.inv_freq
-    moved = 0
-    for head in range(2):
-        places = places_of(name, decided.alpha[0, head], decided.omega[0, head])
-        for token, place in enumerate(places.tolist()):
-            pairs = torch.complex(*plain[0, head, token].chunk(2))
-            turned = pairs * torch.exp(1j * (place - token) * angles)
-            wanted = torch.cat([turned.real, turned.imag])
-            torch.testing.assert_close(found[0, head, token], wanted, atol=1e-4, rtol=1e-4)
-            moved += not torch.allclose(found[0, head, token], plain[0, head, token], atol=1e-2)
-    assert moved > 10
-
-
-@pytest.mark.parametrize("name", ["first-position", "mean-position", "decide-later", "sinks"])
-@pytest.mark.parametrize("start", [3, 20])
-def test_variants_of_whole_texts_refuse_to_go_on(name: str, start: int) -> None:
-    model = tiny_folded()
-    with VARIANTS[name]():
-        cache = model(random_ids(1, start)).past_key_values
-        with pytest.raises(NotImplementedError, match="whole texts"):
-            model(random_ids(1, 1), past_key_values=cache)
-
-
-@pytest.mark.parametrize("name", ["first-position", "mean-position"])
-def test_positions_need_plain_rotary_embeddings(name: str) -> None:
-    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}
-    model = fold(tiny_model(rope_parameters=rope), DMC())
-    with VARIANTS[name](), pytest.raises(NotImplementedError, match="plain rotary"):
-        model(random_ids(1, 20))
