@@ -52,7 +52,10 @@ def main() -> None:
     logging.disable_progress_bar()
     for name in arguments.names or changes:
         if name not in results:
-            results[name] = run(name, changes[name], arguments.pieces)
+            try:
+                results[name] = run(name, changes[name], arguments.pieces)
+            except ValueError as error:
+                parser.error(f"{name}: {error}")
             RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))
 

@@ -237,7 +237,7 @@ def _of_whole_texts(decide: Callable[..., Tensor]) -> tuple[Any, str, Any]:
 
     def alpha(self: Any, *args: Any) -> Tensor:
         if args[-1] is None:
-            raise NotImplementedError("this variant reads whole texts, can't go on with a cache")
+            raise ValueError("this variant reads whole texts, can't go on with a cache")
         return decide(self, *args)
 
     return FoldedAttention, "_alpha", alpha
@@ -295,5 +295,5 @@ def _token_angles(config: Any, dim: int) -> Tensor:
     """(D,) what the rotary embedding turns by from one token to the next."""
     rope = config.rope_parameters
     if rope["rope_type"] != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise NotImplementedError(f"positions of entries are for plain rotary embeddings: {rope}")
+        raise ValueError(f"positions of entries are for plain rotary embeddings: {rope}")
     return rope["rope_theta"] ** (-torch.arange(0, dim, 2).repeat(2) / dim)

@@ -71,7 +71,7 @@ class LinearDecision(nn.Module):
         """K."""
         return len(self.bias) // 2 if self.weighs else len(self.bias)
 
-    def spare(self, head: int, end: float = 0.0) -> None:
+    def spare(self, head: int, end: float | None = None) -> None:
         """Makes a head merge later than it does, and holds its merge decisions there.
 
         With a dial it stays behind by `SPARED` positions for each that the dial is short of `end`,
@@ -82,7 +82,7 @@ class LinearDecision(nn.Module):
 
         Args:
             head: kv head.
-            end: position of the largest ratio; not used without a dial.
+            end: position of the largest ratio of the dial; None without one.
 
         >>> decision = LinearDecision(4, 2)
         >>> decision.spare(1)
@@ -98,7 +98,8 @@ class LinearDecision(nn.Module):
         [10.0, 10.0]
         """
         with torch.no_grad():
-            if self.slope is None:
+            if self.slope is None or end is None:
+                assert self.slope is None and end is None, "a dial, and only that, has an end"
                 self.bias[head] -= SPARED * DIAL_SLOPE / LINEAR_SCALE
             else:
                 lag = SPARED * self.slope[head].abs()

@@ -79,7 +79,7 @@ def spare_heads(
     """
     layers = attention_layers(model)
     folds = folded_layers(model)
-    end = 0.0 if max_cr is None else nominal_position(max_cr)
+    end = None if max_cr is None else nominal_position(max_cr)
     for layer, head in heads:
         if layer not in folds:
             raise ValueError(
