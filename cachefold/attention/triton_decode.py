@@ -259,9 +259,9 @@ def combine_fwd_kernel(
     i_row = tl.program_id(0).to(tl.int64)
     used = tl.cdiv(tl.load(p_lengths + i_row // G), SPLIT)
     o_row = i_row * num_splits
-    i_split = tl.arange(0, BS)
-    m_split = (i_split < used) | (i_split == num_splits - 1)
-    highest = tl.max(tl.load(p_peak + o_row + i_split, mask=m_split, other=FLOOR), 0)
+    i_any = tl.arange(0, BS)
+    m_any = (i_any < used) | (i_any == num_splits - 1)
+    highest = tl.max(tl.load(p_peak + o_row + i_any, mask=m_any, other=FLOOR), 0)
     i_value = tl.arange(0, BV)
     total = tl.zeros([CHUNK], tl.float32)
     part = tl.zeros([BV], tl.float32)

@@ -29,7 +29,7 @@ def measure_artefact(
     dtype: str = "bfloat16",
     progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Measures an artefact on the held-out files.
+    """Measures an artefact on the held-out files, on a GPU where there is one.
 
     Args:
         folder: of the artefact.
@@ -47,10 +47,13 @@ def measure_artefact(
         ValueError: no artefact, or a ratio that it does not serve.
     """
     config = read_config(folder)
+    device: Any = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_base(str(config["base"]["id"]), getattr(torch, dtype))
-    load_folded(folder, model, cr=cr)
+    load_folded(folder, model, cr=cr).to(device)
     # Adapters can be switched off; what trained all weights has no dense self any more.
-    base = None if config["lora_rank"] else load_base(str(config["base"]["id"]), model.dtype)[0]
+    base = None
+    if not config["lora_rank"]:
+        base = load_base(str(config["base"]["id"]), model.dtype)[0].to(device)
     progress(HEADER)
     rows: list[HeldOutLoss] = []
     for name in FILES:
@@ -70,6 +73,8 @@ def measure_artefact(
         f"{facts['most_cr']:.3f}, {dtype}"
     )
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    if device == "cuda":
+        machine = torch.cuda.get_device_name()
     return facts | {"dtype": dtype, "machine": machine}
 
 

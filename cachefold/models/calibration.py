@@ -33,15 +33,12 @@ def reached_counts(model: Any, texts: Tensor, position: float | None = None) -> 
     Returns:
         Totals over texts, layers and heads.
     """
-    seen = kept = 0
-    for ids in texts.to(model.device).split(1):  # type: ignore[no-untyped-call]
-        cache = new_cache(model)
-        run = FoldRun(position=position)
-        model(input_ids=ids, logits_to_keep=1, past_key_values=cache, fold_run=run)
-        entries = cache.entries()
-        seen += ids.numel() * sum(layer.shape[1] for layer in entries)
-        kept += sum(int(layer.sum()) for layer in entries)
-    return seen, kept
+    ids, cache = texts.to(model.device), new_cache(model)
+    run = FoldRun(position=position)
+    model(input_ids=ids, logits_to_keep=1, past_key_values=cache, fold_run=run)
+    entries = cache.entries()
+    seen = ids.numel() * sum(layer.shape[1] for layer in entries)
+    return seen, sum(int(layer.sum()) for layer in entries)
 
 
 def calibrate(
