@@ -2,8 +2,8 @@
 
     python tools/build_data.py SOURCE_DIR
 
-SOURCE_DIR holds `train/*.jsonl.gz` and `lm/*.gz` in the form data/README.md describes. The
-result is the same every time.
+SOURCE_DIR holds `train/*.jsonl.gz` and `lm/*.gz` in the form data/README.md describes;
+data/eval is read too, for what training text must not have. The result is the same every time.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ import io
 import json
 import re
 import sys
+from collections.abc import Iterable, Iterator
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
 KINDS = ("books", "textbooks", "docs", "code", "wiki", "chat")
 CHARACTERS_PER_KIND = 520_000
+MORE_CHARACTERS_PER_KIND = 1_400_000
 LONGEST_ROW = 12_000
 HELD_OUT = {
     "moby_dick": "book_moby_dick.txt.gz",
@@ -64,17 +67,35 @@ def order(row: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()
 
 
-def draw(rows: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    """About CHARACTERS_PER_KIND, the beginning of many rows."""
+def parts(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A text in parts of at most LONGEST_ROW, without overlap; a conversation whole."""
+    if "messages" in row:
+        yield row
+        return
+    rest = row["text"]
+    while rest:
+        part = shorten(rest, LONGEST_ROW)
+        yield {**row, "text": part}
+        # Only line ends go: spaces may be the indentation of code.
+        rest = rest[len(part) :].lstrip("\n")
+
+
+def pieces(rows: list[dict[str, Any]], kind: str) -> Iterator[dict[str, Any]]:
+    """The beginnings of all rows in a fixed order, then their second parts, and so on."""
+    rounds = zip_longest(*(parts(row) for row in sorted(rows, key=order)))
+    for piece in chain.from_iterable(rounds):
+        if piece is not None and 200 <= size(piece) <= 2 * LONGEST_ROW:
+            yield {**piece, "kind": kind}
+
+
+def draw(rows: Iterable[dict[str, Any]], characters: int) -> list[dict[str, Any]]:
+    """The next rows, until they have `characters` or none is left; the others stay in `rows`."""
     taken, total = [], 0
-    for row in sorted(rows, key=order):
-        if total >= CHARACTERS_PER_KIND:
+    for row in rows:
+        taken.append(row)
+        total += size(row)
+        if total >= characters:
             break
-        if "messages" not in row:
-            row = {**row, "text": shorten(row["text"], LONGEST_ROW)}
-        if 200 <= size(row) <= 2 * LONGEST_ROW:
-            taken.append({**row, "kind": kind})
-            total += size(row)
     return taken
 
 
@@ -112,16 +133,30 @@ def unseen(row: dict[str, Any], seen: set[tuple[str, ...]]) -> dict[str, Any] | 
     return None if runs_of_words(text) & seen else {**row, "text": text}
 
 
-def main(source: Path, target: Path) -> None:
-    """Builds all files."""
-    mixed = []
-    for kind in KINDS:
-        rows = [
-            row for path in sorted((source / "train").glob(f"{kind}-*")) for row in read_rows(path)
-        ]
-        mixed += draw(rows, kind)
-    write_rows(target / "train" / "mix.jsonl.gz", sorted(mixed, key=order))
-    seen = set().union(*(runs_of_words(text_of(row)) for row in mixed))
+def strings_of(row: dict[str, Any]) -> list[str]:
+    """All texts of an evaluation row: what is asked, the choices, the solution."""
+    values = chain.from_iterable(v if isinstance(v, list) else [v] for v in row.values())
+    return [value for value in values if isinstance(value, str)]
+
+
+def fresh(
+    rows: Iterable[dict[str, Any]], seen: set[tuple[str, ...]], tested: set[tuple[str, ...]]
+) -> Iterator[dict[str, Any]]:
+    """Leaves out rows with a run of words in `tested`, and texts that came before.
+
+    A text came before if `seen` and the earlier rows have all of its runs.
+    """
+    seen = set(seen)
+    for row in rows:
+        runs = runs_of_words(text_of(row))
+        if not runs & tested and not runs <= seen:
+            seen |= runs
+            yield row
+
+
+def hold_out(source: Path, seen: set[tuple[str, ...]]) -> dict[str, list[dict[str, Any]]]:
+    """The held-out rows of each set, without what is in `seen`."""
+    sets = {}
     for name, file in HELD_OUT.items():
         rows, total = [], 0
         for row in read_rows(source / "lm" / file):
@@ -132,7 +167,32 @@ def main(source: Path, target: Path) -> None:
             if (row := unseen(row, seen)) is not None:
                 rows.append(row)
                 total += size(row)
+        sets[name] = rows
+    return sets
+
+
+def main(source: Path, target: Path) -> None:
+    """Builds all files."""
+    left = {}
+    for kind in KINDS:
+        paths = sorted((source / "train").glob(f"{kind}-*"))
+        left[kind] = pieces([row for path in paths for row in read_rows(path)], kind)
+    mixed = [row for kind in KINDS for row in draw(left[kind], CHARACTERS_PER_KIND)]
+    write_rows(target / "train" / "mix.jsonl.gz", sorted(mixed, key=order))
+
+    seen = set().union(*(runs_of_words(text_of(row)) for row in mixed))
+    held_out = hold_out(source, seen)
+    for name, rows in held_out.items():
         write_rows(target / "heldout" / f"{name}.jsonl.gz", rows)
+
+    texts = [text_of(row) for rows in held_out.values() for row in rows]
+    for path in sorted((target / "eval").glob("*.jsonl.gz")):
+        texts += [text for row in read_rows(path) for text in strings_of(row)]
+    tested = set().union(*map(runs_of_words, texts))
+    more = []
+    for kind in KINDS:
+        more += draw(fresh(left[kind], seen, tested), MORE_CHARACTERS_PER_KIND)
+    write_rows(target / "train" / "more.jsonl.gz", sorted(more, key=order))
 
 
 if __name__ == "__main__":
