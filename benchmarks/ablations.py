@@ -103,6 +103,7 @@ def train_and_measure(config: RetrofitConfig, pieces: int) -> dict[str, Any]:
     found: dict[str, Any] = {"minutes": (time.monotonic() - start) / 60}
     for cr in RATIOS:
         facts = measure_artefact(final, cr=cr, pieces=pieces, progress=print)
+        found["machine"] = facts["machine"]
         found[f"{cr:g}"] = {
             "increase": facts["mean_increase"],
             "files": {file["name"]: [file["increase"], file["cr"]] for file in facts["files"]},

@@ -12,12 +12,13 @@ from transformers import PreTrainedModel
 
 from cachefold.attention.call import PagedCall, ParallelCall, StepCall
 from cachefold.attention.dispatch import choose, tell
+from cachefold.attention.pooling import running_means
 from cachefold.cache import FoldedCache, FoldedLayer, Stream
 from cachefold.cache.entries import PagedEntries
 from cachefold.cache.stream import without_padding
 from cachefold.core.decisions import Decisions, constrain, harden, relax
 from cachefold.core.heads import pool_heads
-from cachefold.core.merging import running_means, running_sizes, size_bias
+from cachefold.core.merging import running_sizes, size_bias
 from cachefold.core.rotary import rotate
 from cachefold.core.tokens import Tokens
 from cachefold.models import families

@@ -12,7 +12,11 @@ from cachefold.core import decisions
 from cachefold.models import attention
 from cachefold.retrofit import data
 
-FACTS = {"mean_increase": 0.5, "files": [{"name": "chat", "increase": 0.5, "cr": 2.0}]}
+FACTS = {
+    "mean_increase": 0.5,
+    "files": [{"name": "chat", "increase": 0.5, "cr": 2.0}],
+    "machine": "any",
+}
 
 
 @pytest.mark.parametrize("variant", [None, "sinks"])
@@ -31,7 +35,7 @@ def test_a_run_is_trained_and_measured_under_its_variant(
     changes = ["train.seed=3", *([f"variant={variant}"] if variant else [])]
     found = ablations.run("any", changes, pieces=1)
     assert under == [variant is not None] * 4  # one training, three ratios
-    assert found["changes"] == changes
+    assert (found["changes"], found["machine"]) == (changes, "any")
     assert Path("runs/ablations/any/variant").read_text() == (variant or "")
     assert found["8"] == {"increase": 0.5, "files": {"chat": [0.5, 2.0]}}
     assert attention.constrain is decisions.constrain
