@@ -129,22 +129,6 @@ def _with_reverse(share: float) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     return chunk
 
 
-@_variant
-def hidden_matching() -> AbstractContextManager[None]:
-    """Does it help to match last hidden states too, as in TinyBERT (Jiao et al. 2020)?"""
-    original = RetrofitTrainer._distil
-
-    def distil(
-        self: Any, student: Tensor, target: Tensor | None, ids: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        assert target is not None, "nothing to match: train.kd_weight is 0"
-        loss, kd, ce = original(self, student, target, ids)
-        wanted = target.float()
-        return loss + (student.float() - wanted).square().mean() / wanted.square().mean(), kd, ce
-
-    return _swapped((RetrofitTrainer, "_distil", distil))
-
-
 def entmax_sigmoid(x: Tensor) -> Tensor:
     """First of the two numbers that 1.5-entmax makes of (x, 0): exactly 0 below -2, 1 above 2.
 

@@ -42,8 +42,8 @@ def check_train(train: TrainConfig) -> None:
         if not getattr(train, name) > 0:
             raise ValueError(f"train.{name} must be > 0, got {getattr(train, name)}")
     for name in (
-        "lora_rank", "weight_decay", "kd_weight", "ce_weight", "compression_weight",
-        "zero_out_steps",
+        "lora_rank", "weight_decay", "kd_weight", "ce_weight", "hidden_weight",
+        "compression_weight", "zero_out_steps",
     ):  # fmt: skip
         if not getattr(train, name) >= 0:
             raise ValueError(f"train.{name} must be >= 0, got {getattr(train, name)}")
@@ -64,6 +64,11 @@ def check_train(train: TrainConfig) -> None:
             raise ValueError(f"train.spare names {pair} twice; a head is spared once")
     if train.kd_weight == train.ce_weight == 0:
         raise ValueError("train.kd_weight and train.ce_weight are both 0: nothing keeps quality")
+    if train.hidden_weight and not train.kd_weight:
+        raise ValueError(
+            "train.hidden_weight matches the original model, which is not run with "
+            "train.kd_weight=0; set that above 0, or train.hidden_weight to 0"
+        )
 
 
 def check_schedule(config: RetrofitConfig, policy: Any) -> None:

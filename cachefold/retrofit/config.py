@@ -67,6 +67,9 @@ class TrainConfig:
     """Weight of KL(original || folded) on the logits; with 0 there is no teacher."""
     ce_weight: float = 0.0
     """Weight of the cross entropy with the text."""
+    hidden_weight: float = 0.0
+    """Weight of the squared distance of the last hidden states to those of the original, over their
+    mean square; needs `kd_weight`."""
     compression_weight: float = 5.0
     """Weight of the compression loss: one-sided, of a dial two-sided."""
     ramp_from: float = 1.0

@@ -64,6 +64,26 @@ def distillation_loss(
     return result[0], result[1], result[2]
 
 
+def hidden_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared distance of last hidden states, over the mean square of the teacher's.
+
+    As in TinyBERT (Jiao et al. 2020, eq. 8), whose scale depends on the model; this one does not.
+
+    Args:
+        student: any shape, differentiable.
+        teacher: the same shape.
+
+    Returns:
+        Scalar, float32 or wider.
+
+    >>> hidden_loss(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 2.0])).item()
+    0.25
+    """
+    wide = torch.promote_types(student.dtype, torch.float32)
+    student, teacher = student.to(wide), teacher.detach().to(wide)
+    return (student - teacher).square().mean() / teacher.square().mean()
+
+
 class _LinearDistillation(torch.autograd.Function):
     @staticmethod
     def forward(

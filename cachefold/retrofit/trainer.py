@@ -25,7 +25,7 @@ from cachefold.retrofit.arguments import (
 )
 from cachefold.retrofit.checkpoint import RetrofitDivergedError
 from cachefold.retrofit.config import RetrofitConfig
-from cachefold.retrofit.losses import distillation_loss
+from cachefold.retrofit.losses import distillation_loss, hidden_loss
 from cachefold.retrofit.reporting import Meter, Report
 from cachefold.retrofit.schedule import RetrofitSchedule
 from cachefold.retrofit.trainer_hooks import CheckpointTrainer
@@ -151,11 +151,15 @@ class RetrofitTrainer(CheckpointTrainer):
         dial = has_dial(self.schedule.policy)
         compression = compression_loss(alpha, self.schedule.mean_alpha(step), exact=dial)
         loss = distillation + self.recipe.train.compression_weight * compression
+        facts = {"kd": kd, "ce": ce, "alpha": alpha.mean(), "compression": compression}
+        if self.recipe.train.hidden_weight:
+            assert target is not None, "checked with the recipe"
+            facts["hidden"] = hidden_loss(student, target)
+            loss = loss + self.recipe.train.hidden_weight * facts["hidden"]
         if not torch.isfinite(loss):
             raise RetrofitDivergedError(
                 f"the loss is {loss.item()} at step {step + 1} (kd {kd.item()}, ce {ce.item()})"
             )
-        facts = {"kd": kd, "ce": ce, "alpha": alpha.mean(), "compression": compression}
         self._measure(decisions, step, facts)
         return (loss, {"loss": loss}) if return_outputs else loss
 

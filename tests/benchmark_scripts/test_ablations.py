@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ FACTS = {
     "files": [{"name": "chat", "increase": 0.5, "cr": 2.0}],
     "machine": "any",
 }
+STEPS = [{"kd": 9.0, "target": 2.0}] * 9 + [
+    {"kd": 0.25, "target": 2.0}, {"kd": 0.0, "target": 4.0}, {"kd": 1.0, "target": 8.0}
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("variant", [None, "sinks"])
@@ -27,6 +31,9 @@ def test_a_run_is_trained_and_measured_under_its_variant(
 
     def note(*_: object, **__: object) -> Any:
         under.append(attention.constrain is not decisions.constrain)
+        Path("runs/ablations/any/log.jsonl").write_text(
+            "".join(json.dumps(s) + "\n" for s in STEPS)
+        )
         return FACTS
 
     monkeypatch.chdir(tmp_path)
@@ -39,7 +46,9 @@ def test_a_run_is_trained_and_measured_under_its_variant(
     assert Path("runs/ablations/any/variant").read_text() == (variant or "")
     assert found["8"] == {"increase": 0.5, "files": {"chat": [0.5, 2.0]}}
     assert attention.constrain is decisions.constrain
-    assert ablations.table({"any": found}).endswith("| any | +0.5000 | +0.5000 | +0.5000 |")
+    assert found["divergence"] == {"low": 0.125, "high": 1.0}
+    row = "| any | +0.5000 | +0.5000 | +0.5000 | 0.125 | 1.000 |"
+    assert ablations.table({"any": found}).endswith(row)
 
 
 @pytest.mark.parametrize("variant", ["", "sinks"])

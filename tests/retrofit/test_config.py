@@ -48,6 +48,8 @@ def test_yaml_round_trip(path: Path, tmp_path: Path) -> None:
         ("train.zero_out_steps=5", "only for policy.decision: neuron"),
         ("train.ramp_fraction=0.8", "must be <= 1.*got 0.8 .*0.3"),
         ("train.kd_weight=0", "both 0"),
+        ("train={kd_weight: 0, ce_weight: 1, hidden_weight: 1}", "not run with train.kd_weight=0"),
+        ("train.hidden_weight=-1", ">= 0"),
         ("train.lora_rank=-1", ">= 0"),
         ("policy.delya=5", "Did you mean 'delay'"),
         ("policy.name=dmx", "unknown policy 'dmx'. Did you mean 'dm"),

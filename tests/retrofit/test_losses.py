@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cachefold.retrofit.losses import distillation_loss
+from cachefold.retrofit.losses import distillation_loss, hidden_loss
 
 
 def naive(
@@ -101,3 +101,15 @@ def test_without_distillation_no_teacher_is_needed() -> None:
         for t in (teacher, None)
     )
     assert torch.equal(with_teacher[0], without[0]) and without[0].any()
+
+
+def test_the_distance_of_hidden_states_has_no_scale_and_moves_the_student_alone() -> None:
+    student, teacher = torch.randn(2, 3, 5, dtype=torch.float64)
+    student.requires_grad_()
+    teacher.requires_grad_()
+    loss = hidden_loss(student, teacher)
+    wanted = 2 * (student - teacher) / teacher.square().sum()
+    torch.testing.assert_close(torch.autograd.grad(loss, student, retain_graph=True)[0], wanted)
+    assert torch.autograd.grad(loss, teacher, allow_unused=True)[0] is None
+    torch.testing.assert_close(hidden_loss(3 * student, 3 * teacher), loss)
+    assert hidden_loss(student.bfloat16(), teacher.bfloat16()).dtype == torch.float32

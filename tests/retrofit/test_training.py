@@ -184,6 +184,17 @@ def test_cross_entropy_and_straight_through_change_the_loss(workspace: Path) -> 
         assert row["ce"] > 1 and row["loss"] == pytest.approx(expected, abs=1e-5)
 
 
+def test_the_distance_of_hidden_states_counts_when_asked(workspace: Path) -> None:
+    run_retrofit(config_of(workspace, "hidden", hidden_weight=2.0))
+    run_retrofit(config_of(workspace, "logits"))
+    matched = read_log(workspace / "hidden")
+    assert "hidden" not in read_log(workspace / "logits")[0]
+    for row in matched:
+        expected = row["kd"] + 2.0 * row["hidden"] + 5.0 * row["compression"]
+        assert row["loss"] == pytest.approx(expected, abs=1e-5)
+    assert matched[-1]["hidden"] > 1e-4
+
+
 @pytest.mark.filterwarnings("error::FutureWarning")
 def test_gradient_checkpointing_is_on_and_changes_no_gradient(workspace: Path) -> None:
     states = []
