@@ -5,10 +5,10 @@ python benchmarks/ablations.py base delay-0    # some
 python benchmarks/ablations.py --table         # Markdown of what is measured so far
 
 Every run is a dial, so that all are compared at exactly the same ratios, calibrated on training
-text. `divergence` is what training itself saw at the end, the same texts and targets in all runs.
-What no option of a recipe can say is a `variant=NAME` of variants.py. Results are added to a JSON
-file; runs that are in it are not done again. The file `variant` in the folder of a run names the
-variant that its artefact needs; it is empty where that is none.
+text. `divergence` is what training itself saw at the end: of sequences of one length the same texts
+and targets in all runs. What no option of a recipe can say is a `variant=NAME` of variants.py.
+Results are added to a JSON file; runs that are in it are not done again. The file `variant` in the
+folder of a run names the variant that its artefact needs; it is empty where that is none.
 """
 
 from __future__ import annotations
@@ -118,12 +118,17 @@ def train_and_measure(config: RetrofitConfig, pieces: int) -> dict[str, Any]:
 
 
 def divergence(log: Path) -> dict[str, float]:
-    """Mean KL to the original, nats/token, in the last quarter of the steps: `low` targets up to 4.
+    """What distillation saw in the last quarter of the steps, with relaxed decisions.
 
-    Decisions are relaxed there, so that what is lost beyond it when they are hard is the gap.
+    Args:
+        log: of a retrofit, `log.jsonl`.
+
+    Returns:
+        Mean divergence from the original, nats/token: `low` of targets up to SPLIT, `high` of those
+        above. KL(original || folded) unless the run was trained on another one.
     """
     steps = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    steps = [step for step in steps if "kd" in step][-(len(steps) // 4) :]
+    steps = steps[-max(len(steps) // 4, 1) :]
     parts = {
         "low": [step["kd"] for step in steps if step["target"] <= SPLIT],
         "high": [step["kd"] for step in steps if step["target"] > SPLIT],

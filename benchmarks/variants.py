@@ -17,6 +17,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
+from cachefold.attention import pooling
 from cachefold.cache import layers
 from cachefold.core import decisions, merging
 from cachefold.core.rotary import rotate
@@ -239,7 +240,7 @@ def mean_position() -> AbstractContextManager[None]:
 
     def back(alpha: Tensor, omega: Tensor) -> Tensor:
         places = torch.arange(alpha.shape[-1], device=alpha.device).float().expand_as(alpha)
-        mean, _, _ = merging.running_means(places[..., None], places[..., None], alpha, omega)
+        mean, _, _ = pooling.running_means(places[..., None], places[..., None], alpha, omega)
         return places - mean[..., 0]
 
     return _entries_placed(back)
@@ -261,7 +262,7 @@ def _entries_placed(back: Callable[[Tensor, Tensor], Tensor]) -> AbstractContext
     def running_means(
         key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, window: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        mean_key, mean_value, weight = merging.running_means(key, value, alpha, omega, window)
+        mean_key, mean_value, weight = pooling.running_means(key, value, alpha, omega, window)
         assert window is None, "a window bounds what counts to the place of an entry too"
         turn = -back(alpha, omega)[..., None] * angles.to(alpha.device)
         # Each head turns by numbers of its own: heads stand where requests do.

@@ -9,10 +9,12 @@ import runpy
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
 
+import ablations
 from cachefold.cli import app
 from cachefold.evaluation.report import markdown, read
 
@@ -137,6 +139,25 @@ def table(name: str) -> list[str]:
 @pytest.mark.parametrize("name", ["methods.json", "ratio-2.05.json"])
 def test_tables_of_methods_are_those_of_their_files(name):
     assert "\n".join(table(name)) in (RESULTS / "methods.md").read_text()
+
+
+def test_the_lab_book_has_the_figures_of_its_files():
+    page = (RESULTS / "retrofit.md").read_text()
+    assert ablations.table(json.loads((RESULTS / "ablations.json").read_text())) in page
+    runs = json.loads((RESULTS / "ratios.json").read_text())
+    for cr, one in runs["dial-long"]["measured"].items():
+        other = re.escape(f"{runs['dms-dial-long']['measured'][cr]['increase']:+.3f}")
+        assert re.search(rf"^\| {cr} \| \S+ \| {cells(one)} \| {other} \|$", page, re.M)
+    singles = {name: run["measured"] for name, run in runs.items() if len(run["measured"]) == 1}
+    assert len(singles) == 4
+    for name, measured in singles.items():
+        assert re.search(rf"^\| {name}\b[^|]*\| {cells(*measured.values())} \|", page, re.M)
+
+
+def cells(run: dict[str, Any]) -> str:
+    """Pattern of the increase and of the ratios that were reached."""
+    increase = re.escape(f"{run['increase']:+.3f}")
+    return rf"{increase} \| {run['least_cr']:.2f} to {run['most_cr']:.2f}"
 
 
 def test_the_table_of_tasks_has_the_figures_of_its_file():

@@ -1,10 +1,17 @@
-"""The pooling scan of whole texts: Triton's on a GPU, else `core.merging.running_means`."""
+"""The pooling scan of whole texts: Triton's on a GPU, else `core.merging.running_means`.
+
+A cache that reads a prompt always takes that of core.
+"""
 
 from __future__ import annotations
+
+import functools
+import logging
 
 import torch
 from torch import Tensor
 
+from cachefold.attention.dispatch import tell
 from cachefold.attention.triton_backend import BACKEND
 from cachefold.core import merging
 
@@ -30,8 +37,17 @@ def running_means(
     [1.0, 2.0]
     """
     double = torch.float64 in (key.dtype, value.dtype, alpha.dtype, omega.dtype)
-    if key.device.type == "cuda" and not double and BACKEND.available()[0]:
+    if key.device.type == "cuda" and not double and _has_kernels():
         from cachefold.attention import triton_scan
 
         return triton_scan.running_means(key, value, alpha, omega, window)
     return merging.running_means(key, value, alpha, omega, window)
+
+
+@functools.cache
+def _has_kernels() -> bool:
+    """Asked once, not in every layer."""
+    there, reason = BACKEND.available()
+    if not there:
+        tell(logging.INFO, f"the pooling scan is plain torch: {reason}")
+    return there

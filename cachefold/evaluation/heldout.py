@@ -68,13 +68,13 @@ def measure_artefact(
     facts = _facts(rows)
     asked = cr or config["policy"].get("cr") or config.get("cr") or facts["most_cr"]
     facts |= {"cr": asked, "pieces": pieces, "tokens": tokens}
-    progress(
-        f"mean increase {facts['mean_increase']:+.4f} nats/token, cr {facts['least_cr']:.3f} to "
-        f"{facts['most_cr']:.3f}, {dtype}"
-    )
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
     if device == "cuda":
         machine = torch.cuda.get_device_name()
+    progress(
+        f"mean increase {facts['mean_increase']:+.4f} nats/token, cr {facts['least_cr']:.3f} to "
+        f"{facts['most_cr']:.3f}, {dtype}, {machine}"
+    )
     return facts | {"dtype": dtype, "machine": machine}
 
 

@@ -17,6 +17,8 @@ from cachefold.models.run import FoldRun
 
 POSITIONS = (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0)
 """Positions at which a calibration measures the ratio first, as far as the dial goes."""
+TOKENS_AT_ONCE = 4096
+"""Most tokens that go through the model together, unless one text is longer."""
 COARSE, ROUNDS = 1.5, 3
 """Ratios further apart than this factor get one between them, so many times."""
 
@@ -33,12 +35,16 @@ def reached_counts(model: Any, texts: Tensor, position: float | None = None) -> 
     Returns:
         Totals over texts, layers and heads.
     """
-    ids, cache = texts.to(model.device), new_cache(model)
-    run = FoldRun(position=position)
-    model(input_ids=ids, logits_to_keep=1, past_key_values=cache, fold_run=run)
-    entries = cache.entries()
-    seen = ids.numel() * sum(layer.shape[1] for layer in entries)
-    return seen, sum(int(layer.sum()) for layer in entries)
+    seen = kept = 0
+    at_once = max(TOKENS_AT_ONCE // texts.shape[1], 1)
+    for ids in texts.to(model.device).split(at_once):  # type: ignore[no-untyped-call]
+        cache = new_cache(model)
+        run = FoldRun(position=position)
+        model(input_ids=ids, logits_to_keep=1, past_key_values=cache, fold_run=run)
+        entries = cache.entries()
+        seen += ids.numel() * sum(layer.shape[1] for layer in entries)
+        kept += sum(int(layer.sum()) for layer in entries)
+    return seen, kept
 
 
 def calibrate(

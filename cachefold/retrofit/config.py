@@ -68,8 +68,8 @@ class TrainConfig:
     ce_weight: float = 0.0
     """Weight of the cross entropy with the text."""
     hidden_weight: float = 0.0
-    """Weight of the squared distance of the last hidden states to those of the original, over their
-    mean square; needs `kd_weight`."""
+    """Weight of the mean squared distance of the last hidden states to those of the original, over
+    the mean square of the original's; needs `kd_weight` above 0."""
     compression_weight: float = 5.0
     """Weight of the compression loss: one-sided, of a dial two-sided."""
     ramp_from: float = 1.0

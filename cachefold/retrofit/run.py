@@ -165,7 +165,7 @@ def _calibrate(model: PreTrainedModel, texts: dict[str, Tensor]) -> None:
     print("calibrating the dial", flush=True)
     try:
         turn_dial(model, calibrate(model, texts))
-    except ValueError as error:
+    except (ValueError, torch.OutOfMemoryError) as error:
         print(f"warning: not calibrated: {error}. See `cachefold calibrate`", flush=True)
 
 

@@ -66,7 +66,8 @@ def test_a_cuda_graph_of_a_step_goes_on_for_many_tokens(delay, proportional):
             held[name].copy_(tensor)
         graph.replay()
         want = reference.step(replace(expected, query=query.float(), new=widened(new)))
-        # 40 tokens in a row: entries are rounded each time that they take in another.
+        # 40 tokens in a row: entries are rounded each time that they take in another (0.019
+        # was seen on an H200, where one number of 768 was off by more than for one step).
         assert_outputs(got, want, sees_step(call)[..., None], 3e-2)
         assert_same_state(call, expected, 1.6e-2)
     assert call.lengths.max() > case.page_size

@@ -27,13 +27,23 @@ def passes(model: Any, ids: torch.Tensor, run: FoldRun) -> list[torch.Tensor]:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("options", [{}, {"window": 12}, {"proportional": True}])
-def test_training_is_that_of_a_cpu(options: dict[str, Any]) -> None:
+def test_training_is_that_of_a_cpu(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    from cachefold.attention import triton_scan
+
+    calls, scan = [], triton_scan.running_means
+    note = lambda *x: calls.append(len(x)) or scan(*x)  # noqa: E731
+    monkeypatch.setattr(triton_scan, "running_means", note)
     policy = cachefold.DMC(cr=4, delay=4, **options)
     model = fold(tiny_model(head_dim=16), policy)
     scramble_decisions(model)
     ids, run = random_ids(2, 150), FoldRun(mode="relaxed", relaxation="sigmoid")
     on_cpu = passes(copy.deepcopy(model), ids, run)
+    assert not calls
     on_gpu = passes(model.to("cuda"), ids, run)
+    assert len(calls) == 2  # layers
     assert len(on_cpu) == len(on_gpu) > 10
     for got, want in zip(on_gpu, on_cpu, strict=True):
         torch.testing.assert_close(got, want, rtol=2e-3, atol=2e-4)
