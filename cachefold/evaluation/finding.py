@@ -19,8 +19,8 @@ def find_artefact(policy: str, cr: float | None, base: str, folders: Sequence[Pa
     """The artefact of a policy at a ratio (None = it has none), for the base that is compared.
 
     One that another was trained on from gives way to that; of others, one made for the ratio comes
-    before a dial that covers it. One that pools kv heads besides is another method, which only its
-    folder names.
+    before a dial that covers it, and of dials the one with the widest range. One that pools kv
+    heads besides is another method, which only its folder names.
 
     Raises:
         ValueError: none, with the command that makes it; several; or several and a recipe that
@@ -28,7 +28,8 @@ def find_artefact(policy: str, cr: float | None, base: str, folders: Sequence[Pa
     """
     ratios: set[float] = set()
     for folder in folders:
-        found, dials = [], []
+        found: list[Path] = []
+        dials: dict[Path, float] = {}
         for place, config in artefacts(folder):
             made = config["policy"]
             if made["name"] != policy or not same_base(config["base"]["id"], base):
@@ -38,11 +39,10 @@ def find_artefact(policy: str, cr: float | None, base: str, folders: Sequence[Pa
             ratio, most = made.get("cr"), made.get("max_cr")
             ratios |= set() if ratio is None else {most or ratio}
             if most is not None and cr is not None:
-                dials += [place] if cr <= most else []
+                dials |= {place: most} if cr <= most else {}
             elif ratio == cr:
                 found.append(place)
-        last = _not_trained_on([*found, *dials])
-        best = [place for place in found if place in last] or last
+        best = _best(found, dials)
         if len(best) > 1:
             raise ValueError(
                 f"several artefacts are {policy}{_at(cr)}: {', '.join(map(str, best))}; name the "
@@ -55,6 +55,14 @@ def find_artefact(policy: str, cr: float | None, base: str, folders: Sequence[Pa
         f"{policy} is learned, and {' and '.join(map(str, folders))} have no artefact of it"
         f"{_at(cr)} for {base}{there}. Make one: {_command(policy, cr, base)}"
     )
+
+
+def _best(found: list[Path], dials: dict[Path, float]) -> list[Path]:
+    """Those that are meant, of artefacts for a ratio and of dials with their largest ratios."""
+    last = _not_trained_on([*found, *dials])
+    widest = max((dials[place] for place in last if place in dials), default=None)
+    made_for_it = [place for place in last if place in found]
+    return made_for_it or [place for place in last if dials[place] == widest]
 
 
 def _not_trained_on(places: list[Path]) -> list[Path]:

@@ -140,6 +140,16 @@ def test_shipped_artefacts_are_found_by_the_name_of_their_policy() -> None:
     assert len(found) == 6 and single == {"dmc-cr8": "smollm2-135m-cr8"}
 
 
+def test_of_dials_the_one_with_the_widest_range_is_meant(tmp_path: Path) -> None:
+    artefact(tmp_path, "a-dial", cr=4, max_cr=8)
+    artefact(tmp_path, "b-dial", cr=4, max_cr=12)
+    naming = Naming(base="b", crs=(2.0, 8.0, 10.0), folders=(tmp_path,))
+    assert {m.artefact.name for m in parse_methods(["dmc"], naming)[1:]} == {"b-dial"}
+    artefact(tmp_path, "c-dial", cr=2, max_cr=12)
+    with pytest.raises(ValueError, match="several artefacts are dmc at cr 2: .*b-dial.*c-dial"):
+        parse_methods(["dmc"], naming)
+
+
 def test_artefacts_by_folder(tmp_path: Path) -> None:
     one = artefact(tmp_path, "runs/mine/final", cr=3)
     plus = artefact(tmp_path, "with+plus", "dms", cr=2)
