@@ -29,7 +29,7 @@ from transformers.utils import logging
 from cachefold.evaluation.heldout import measure_artefact
 from cachefold.retrofit.checkpoint import check_output, claim_output
 from cachefold.retrofit.config import RetrofitConfig, load_recipe
-from cachefold.retrofit.reporting import LOG
+from cachefold.retrofit.reporting import read_log
 from cachefold.retrofit.run import FINAL, run_retrofit
 from variants import VARIANTS, split
 
@@ -106,7 +106,7 @@ def train_and_measure(config: RetrofitConfig, pieces: int) -> dict[str, Any]:
     if not (final / "cachefold.json").is_file():
         run_retrofit(config, resume=True)
     found: dict[str, Any] = {"minutes": (time.monotonic() - start) / 60}
-    found["divergence"] = divergence(Path(config.output_dir) / LOG)
+    found["divergence"] = divergence(final)
     for cr in RATIOS:
         facts = measure_artefact(final, cr=cr, pieces=pieces, progress=print)
         found["machine"] = facts["machine"]
@@ -117,17 +117,17 @@ def train_and_measure(config: RetrofitConfig, pieces: int) -> dict[str, Any]:
     return found
 
 
-def divergence(log: Path) -> dict[str, float]:
+def divergence(artefact: Path) -> dict[str, float]:
     """What distillation saw in the last quarter of the steps, with relaxed decisions.
 
     Args:
-        log: of a retrofit, `log.jsonl`.
+        artefact: its folder, which has the log of its retrofit.
 
     Returns:
         Mean divergence from the original, nats/token: `low` of targets up to SPLIT, `high` of those
         above. KL(original || folded) unless the run was trained on another one.
     """
-    steps = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    steps = read_log(artefact)
     steps = steps[-max(len(steps) // 4, 1) :]
     parts = {
         "low": [step["kd"] for step in steps if step["target"] <= SPLIT],

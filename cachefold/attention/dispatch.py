@@ -134,7 +134,7 @@ def list_backends() -> dict[str, tuple[bool, str]]:
     >>> list_backends()["reference"]
     (True, '')
     """
-    return {name: (_load(name)[0] is not None, _load(name)[1]) for name in ORDER}
+    return {name: (load_backend(name)[0] is not None, load_backend(name)[1]) for name in ORDER}
 
 
 @functools.cache
@@ -147,8 +147,12 @@ def tell(level: int, message: str) -> None:
 
 
 @functools.cache
-def _load(name: str) -> tuple[Backend | None, str]:
-    """The backend if it runs on this machine, else why not."""
+def load_backend(name: str) -> tuple[Backend | None, str]:
+    """The backend if it runs on this machine, else why not; looked up once per process.
+
+    >>> load_backend("reference")[0].name
+    'reference'
+    """
     try:
         module = importlib.import_module(f"cachefold.attention.{_MODULES[name]}")
     except ImportError as error:
@@ -160,7 +164,7 @@ def _load(name: str) -> tuple[Backend | None, str]:
 
 def _attempt(name: str, call: Call) -> tuple[Backend | None, str]:
     """The backend if it computes the call, else why not."""
-    backend, reason = _load(name)
+    backend, reason = load_backend(name)
     if backend is None:
         return None, reason
     if type(call) is PagedCall and name != "reference" and _needs_gradient(call):

@@ -29,7 +29,12 @@ class Fake(reference.PlainTorch):
 @pytest.fixture(autouse=True)
 def forget():
     """What was said is said again."""
-    for memo in (dispatch._load, dispatch.tell, dispatch._tell_choice, dispatch._tell_refusal):
+    for memo in (
+        dispatch.load_backend,
+        dispatch.tell,
+        dispatch._tell_choice,
+        dispatch._tell_refusal,
+    ):
         memo.cache_clear()
 
 
@@ -41,7 +46,9 @@ def calls():
 def install(monkeypatch, **backends) -> None:
     """Names that are left out are not there."""
     monkeypatch.setattr(
-        dispatch, "_load", lambda name: (backends.get(name), "" if name in backends else "gone")
+        dispatch,
+        "load_backend",
+        lambda name: (backends.get(name), "" if name in backends else "gone"),
     )
 
 

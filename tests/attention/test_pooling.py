@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from cachefold.attention import pooling
-from cachefold.attention.triton_backend import TritonBackend
+from cachefold.attention.triton_backend import BACKEND
 from cachefold.core import merging
 
 
@@ -23,15 +22,12 @@ def test_on_a_cpu_it_is_that_of_core() -> None:
 
 
 @pytest.fixture
-def scans(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def scans(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both scans say their names."""
     scan = SimpleNamespace(running_means=lambda *_: "triton")
     monkeypatch.setitem(sys.modules, "cachefold.attention.triton_scan", scan)
     monkeypatch.setattr("cachefold.attention.triton_scan", scan, raising=False)
     monkeypatch.setattr(merging, "running_means", lambda *_: "core")
-    pooling._has_kernels.cache_clear()
-    yield
-    pooling._has_kernels.cache_clear()
 
 
 @pytest.mark.usefixtures("scans")
@@ -47,7 +43,8 @@ def scans(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_a_gpu_takes_the_kernels_that_are_there(
     device: str, wide: int | None, there: bool, taken: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(TritonBackend, "available", lambda self: (there, "none"))
+    found = (BACKEND if there else None, "")
+    monkeypatch.setattr(pooling, "load_backend", {"triton": found}.__getitem__)
     dtypes = [torch.float64 if i == wide else torch.float32 for i in range(4)]
     tensors: list[Any] = [SimpleNamespace(device=torch.device(device), dtype=d) for d in dtypes]
     assert pooling.running_means(*tensors) == taken

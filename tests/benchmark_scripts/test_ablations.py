@@ -31,9 +31,9 @@ def test_a_run_is_trained_and_measured_under_its_variant(
 
     def note(*_: object, **__: object) -> Any:
         under.append(attention.constrain is not decisions.constrain)
-        Path("runs/ablations/any/log.jsonl").write_text(
-            "".join(json.dumps(s) + "\n" for s in STEPS)
-        )
+        final = Path("runs/ablations/any/final")
+        final.mkdir(exist_ok=True)
+        (final / "log.jsonl").write_text("".join(json.dumps(s) + "\n" for s in STEPS))
         return FACTS
 
     monkeypatch.chdir(tmp_path)

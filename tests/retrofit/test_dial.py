@@ -241,13 +241,17 @@ def test_a_kind_with_too_little_text_is_left_out(workspace: Path) -> None:
         preset_texts(from_dict(values).data, make_tokenizer())
 
 
+@pytest.mark.parametrize("kind", [ValueError, torch.OutOfMemoryError])
 def test_a_dial_that_cannot_be_calibrated_is_saved_all_the_same(
-    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    kind: type[Exception],
+    workspace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def refuse(*_: object) -> None:
-        raise ValueError("the ratio doesn't rise")
+        raise kind("the ratio doesn't rise")
 
     monkeypatch.setattr("cachefold.retrofit.run.calibrate", refuse)
-    values = dial_recipe(workspace, "uncalibrated", None, 10)
+    values = dial_recipe(workspace, f"uncalibrated-{kind.__name__}", None, 10)
     folder = Path(run_retrofit(from_dict(values))["folder"])
     assert "dial" not in read_config(folder) and "not calibrated" in capsys.readouterr().out
