@@ -30,6 +30,18 @@ def run(
 ) -> None:
     """Train a model to fold its cache, as a recipe says."""
     config = _config(recipe, overrides or [], resume)
+    if dry_run:
+        print(config.to_yaml())
+    _show(train(config, resume=resume, dry_run=dry_run), dry_run, config.model)
+
+
+def train(config: RetrofitConfig, *, resume: bool, dry_run: bool = False) -> dict[str, Any]:
+    """Runs a retrofit for a verb; see `run_retrofit`.
+
+    Raises:
+        typer.Exit: it diverged; what happened is on stderr.
+        ValueError: anything wrong with recipe, model, data or a file.
+    """
     import torch
     from transformers.utils import logging
 
@@ -38,16 +50,13 @@ def run(
 
     torch.set_flush_denormal(True)
     logging.disable_progress_bar()
-    if dry_run:
-        print(config.to_yaml())
     try:
-        facts = run_retrofit(config, resume=resume, dry_run=dry_run)
+        return run_retrofit(config, resume=resume, dry_run=dry_run)
     except RetrofitDivergedError as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from error
     except OSError as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
-    _show(facts, dry_run, config.model)
 
 
 def _config(recipe: Path, overrides: list[str], resume: bool) -> RetrofitConfig:

@@ -52,7 +52,49 @@ def test_it_trains_measures_and_compares(cli: Run, place: Path) -> None:
         file.rename(place / "artefacts" / "tiny" / file.name)
     shipped = cli("reproduce", "tiny", "--shipped", *SIZE, "--out", place / "checked")
     assert shipped.exit_code == 0, shipped.output
-    assert (place / "checked" / "tiny" / "heldout.json").is_file()
+    assert (place / "checked" / "heldout.json").is_file()
+
+
+def test_machines_are_named_where_they_differ(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from cachefold.cli.reproduce import _compare
+
+    table = {"cr": 2.0, "pieces": 1, "tokens": 48, "mean_increase": 0.1}
+    path = place / "artefacts" / "tiny" / "heldout.json"
+    path.write_text(json.dumps([table | {"machine": "a card"}]))
+    _compare(path.parent, [table | {"machine": "a processor"}])
+    assert "(on a card then, on a processor now)" in capsys.readouterr().out
+    _compare(path.parent, [table | {"machine": "a card"}])
+    same = capsys.readouterr().out
+    assert "card" not in same and "+0.1000 measured now" in same
+
+
+def test_a_recipe_whose_weights_are_not_shipped(cli: Run, place: Path) -> None:
+    (place / "artefacts" / "tiny" / "heldout.json").unlink()
+    (place / "artefacts" / "tiny").rmdir()
+    assert "its weights are not shipped" in cli("reproduce", "tiny", "--shipped").stderr
+    change = "policy.max_cr=3"
+    assert "with --out" in cli("reproduce", "tiny", change).stderr
+    result = cli("reproduce", "tiny", change, *SIZE, "--cr", 3, "--out", "runs/changed")
+    assert result.exit_code == 0, result.output
+    assert "as recorded" not in result.output
+    weights = place / "runs" / "changed" / "final"
+    assert json.loads((weights / "heldout.json").read_text())[0]["cr"] == 3
+    assert json.loads((weights / "cachefold.json").read_text())["policy"]["max_cr"] == 3
+    before = (weights / "heldout.json").read_text()
+    other = cli("reproduce", "tiny", *SIZE, "--out", "runs/changed")  # finished, but another one
+    assert "had another recipe" in other.stderr
+    (place / "taken").mkdir()
+    (place / "taken" / "thesis.tex").touch()
+    assert "something else than a run" in cli("reproduce", "tiny", "--out", "taken").stderr
+    assert (weights / "heldout.json").read_text() == before
+
+
+def test_weights_that_diverge_are_told_without_a_trace(cli: Run, place: Path) -> None:
+    changes = ("train.learning_rate=1e30", "train.decision_learning_rate=1e30")
+    result = cli("reproduce", "tiny", *changes, *SIZE, "--out", "runs/changed")
+    assert result.exit_code == 1 and "start again" in result.stderr, result.output
 
 
 def test_a_table_is_kept_when_a_later_ratio_fails(
@@ -63,11 +105,13 @@ def test_a_table_is_kept_when_a_later_ratio_fails(
     def measure(folder: Path, *, cr: float, **options: object) -> dict[str, object]:
         if cr == 3:
             raise KeyboardInterrupt
-        return {"cr": cr, "pieces": 1, "tokens": 48, "mean_increase": 0.5}
+        return {
+            "cr": cr, "pieces": 1, "tokens": 48, "mean_increase": 0.5, "machine": "this",
+        }  # fmt: skip
 
     monkeypatch.setattr(heldout, "measure_artefact", measure)
     assert cli("reproduce", "tiny", "--shipped", "--cr", "2,3", *SIZE).exit_code != 0
-    written = (place / "runs" / "reproduce" / "tiny" / "heldout.json").read_text()
+    written = (place / "runs" / "reproduce" / "tiny-shipped" / "heldout.json").read_text()
     assert [table["cr"] for table in json.loads(written)] == [2]
 
 
@@ -85,6 +129,6 @@ def test_an_unfinished_run_goes_on(cli: Run, place: Path) -> None:
 
 def test_unknown_names_and_ratios(cli: Run, place: Path) -> None:
     result = cli("reproduce", "tny")
-    assert "no shipped retrofit 'tny'" in result.stderr and "tiny" in result.stderr
+    assert "no recipe 'tny'" in result.stderr and "tiny" in result.stderr
     assert "at least 1" in cli("reproduce", "tiny", "--cr", "0.5").stderr
     assert not (place / "runs").exists()
