@@ -37,7 +37,7 @@ class Retrieval:
     lengths: tuple[int, ...] = LENGTHS
     """Tokens of the prompts, in turn."""
     count: int = 20
-    """Prompts of each length; their depths are spread evenly, however many are taken."""
+    """Prompts of each length where no limit is given; depths are spread evenly, however many."""
     max_new_tokens: int = 16
     """Tokens of an answer."""
     metric: str = "accuracy"
@@ -50,6 +50,10 @@ class Retrieval:
     def rows(self, limit: int | None) -> list[Row]:
         """What prompts to make; the lengths take turns.
 
+        Args:
+            limit: how many, also more than `count` for each length, since they are made;
+                None = `count` for each.
+
         Raises:
             ValueError: a limit below 1.
         """
@@ -61,7 +65,7 @@ class Retrieval:
                 # Multiples of the golden ratio fill the range evenly at any count.
                 "depth": None if self._spread else round((0.5 + i * _GOLDEN) % 1, 3),
             }
-            for i in range(self.count)
+            for i in range(self.count if limit is None else -(-limit // len(self.lengths)))
             for length in self.lengths
         ]  # fmt: skip
         return rows[:limit]

@@ -76,6 +76,8 @@ def test_rows_are_spread_over_lengths_and_depths():
         gaps = [b - a for a, b in zip([0.0, *depths], [*depths, 1.0], strict=True)]
         assert max(gaps) < 2 / count
     assert task.rows(4) == rows[:4]
+    more = task.rows(70)  # they are made: a limit may also ask for more
+    assert len(more) == 70 == len({row["id"] for row in more}) and more[:60] == rows
     with pytest.raises(ValueError, match="limit must be >= 1"):
         task.rows(0)
 
