@@ -2,6 +2,7 @@
 
 python benchmarks/ablations.py                 # all of recipes/ablations/changes.yaml, or go on
 python benchmarks/ablations.py base delay-0    # some
+python benchmarks/ablations.py --jobs 16       # side by side: one of them hardly occupies a GPU
 python benchmarks/ablations.py --table         # Markdown of what is measured so far
 
 Every run is a dial, so that all are compared at exactly the same ratios, calibrated on training
@@ -16,8 +17,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import multiprocessing
+import os
 import statistics
+import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -27,7 +33,7 @@ import yaml
 from transformers.utils import logging
 
 from cachefold.evaluation.heldout import measure_artefact
-from cachefold.retrofit.checkpoint import check_output, claim_output
+from cachefold.retrofit.checkpoint import RetrofitDivergedError, check_output, claim_output
 from cachefold.retrofit.config import RetrofitConfig, load_recipe
 from cachefold.retrofit.reporting import read_log
 from cachefold.retrofit.run import FINAL, run_retrofit
@@ -48,21 +54,51 @@ def main() -> None:
     parser.add_argument("names", nargs="*", choices=[[], *changes], help="all without names")
     parser.add_argument("--table", action="store_true", help="print what there is, train nothing")
     parser.add_argument("--pieces", type=int, default=3, help="held-out pieces of each file")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores")
     arguments = parser.parse_args()
+    if arguments.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {arguments.jobs}")
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     if arguments.table:
         print(table(results))
         return
+    wanted = {n: changes[n] for n in arguments.names or changes if n not in results}
+    failed = []
+    for name, found in run_all(wanted, arguments.pieces, arguments.jobs):
+        if isinstance(found, Exception):
+            failed.append(f"error: {name}: {found}")
+            continue
+        results[name] = found
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    print("\n".join([table(results), *failed]))
+    sys.exit(2 if failed else 0)
+
+
+def run_all(
+    wanted: dict[str, list[str]], pieces: int, jobs: int
+) -> Iterator[tuple[str, dict[str, Any] | Exception]]:
+    """Runs each in a process of its own, `jobs` at a time.
+
+    Yields:
+        Name and result of one that is done, or why there is none: then the others go on.
+    """
+    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    with ProcessPoolExecutor(
+        jobs, multiprocessing.get_context("spawn"), initializer=_prepare, initargs=(threads,),
+        max_tasks_per_child=1,
+    ) as pool:  # fmt: skip
+        names = {pool.submit(run, name, wanted[name], pieces): name for name in wanted}
+        for done in as_completed(names):
+            try:
+                yield names[done], done.result()
+            except (ValueError, RetrofitDivergedError) as error:
+                yield names[done], error
+
+
+def _prepare(threads: int) -> None:
+    torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
     logging.disable_progress_bar()
-    for name in arguments.names or changes:
-        if name not in results:
-            try:
-                results[name] = run(name, changes[name], arguments.pieces)
-            except ValueError as error:
-                parser.error(f"{name}: {error}")
-            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    print(table(results))
 
 
 def run(name: str, changes: list[str], pieces: int) -> dict[str, Any]:

@@ -23,11 +23,11 @@ WRITING = "writing"
 class RetrofitDivergedError(RuntimeError):
     """Loss, gradient or weights are not finite any more; checkpoints written before are kept."""
 
-    def __init__(self, what: str) -> None:
-        """Adds what to do to what happened."""
-        super().__init__(
-            f"{what}; checkpoints so far are kept. Lower train.learning_rate, or set train.dtype: "
-            "float32, and start again."
+    def __str__(self) -> str:
+        """What happened, and what to do; added here, since another process makes errors again."""
+        return (
+            f"{super().__str__()}; checkpoints so far are kept. Lower train.learning_rate, or set "
+            "train.dtype: float32, and start again."
         )
 
 

@@ -76,3 +76,20 @@ def test_a_run_is_reused_under_its_variant_only(
     ablations.run("any", changes + own, pieces=1)
     assert (folder / "variant").read_text() == variant
     assert artefact.stat().st_mtime_ns == written
+
+
+def test_one_that_fails_leaves_the_others_running(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    changes = [
+        f"model={workspace / 'model'}", f"data.files=[{workspace / 'text.jsonl'}]",
+        "data.seq_len=48", "data.held_out=4", "train.tokens=96", "train.batch_size=1",
+        "train.dtype=float32",
+    ]  # fmt: skip
+    wild = [*changes, "train.learning_rate=1e30", "train.decision_learning_rate=1e30"]
+    wanted = {"typo": ["train.lora_rnk=4"], "wild": wild, "small": [*changes, "policy.delay=4"]}
+    found = dict(ablations.run_all(wanted, pieces=1, jobs=2))
+    assert "lora_rank" in str(found["typo"])
+    assert str(found["wild"]).count("start again") == 1
+    assert set(found["small"]) > {"2", "4", "8", "divergence"}
