@@ -164,9 +164,9 @@ def hold_out(source: Path, seen: set[tuple[str, ...]]) -> dict[str, list[dict[st
                 break
             if "messages" not in row:
                 row = {**row, "text": shorten(row["text"], HELD_OUT_CHARACTERS)}
-            if (row := unseen(row, seen)) is not None:
-                rows.append(row)
-                total += size(row)
+            if (kept := unseen(row, seen)) is not None:
+                rows.append(kept)
+                total += size(kept)
         sets[name] = rows
     return sets
 
