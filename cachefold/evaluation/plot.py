@@ -14,7 +14,7 @@ MEBI = 1024 * 1024
 COLUMNS = 2
 """Panels side by side."""
 INK, PAPER = "0.15", "0.75"
-MARKERS = "osD^vP*X"
+MARKERS = "osD^vP*Xhp<>d8"
 EXACT = "own dtype"
 LINE_PARTS = 24
 """Of a line between two points, that labels keep off."""
@@ -30,11 +30,13 @@ class Point(NamedTuple):
     policy: str
     codec: str | None
     cr: float | None
+    weights: str | None = None
+    """What tells one artefact from another of the same policy."""
 
     @property
-    def family(self) -> tuple[str, str | None]:
-        """Points of one family are joined: a policy at several ratios, or in several codecs."""
-        return self.policy, None if self.cr is None else self.codec
+    def family(self) -> tuple[str | None, ...]:
+        """Points of one family are joined: one thing at several ratios, or in several codecs."""
+        return self.policy, self.weights, None if self.cr is None else self.codec
 
 
 class Panel(NamedTuple):
@@ -91,8 +93,9 @@ def panels(rows: Sequence[dict[str, Any]]) -> list[Panel]:
 
 def _point(row: dict[str, Any], value: float, error: float | None) -> Point:
     return Point(
-        row["name"], row["cache_bytes"], value, error, row["policy"], row["codec"], row["cr_asked"]
-    )
+        row["name"], row["cache_bytes"], value, error, row["policy"], row["codec"],
+        row["cr_asked"], row.get("weights"),
+    )  # fmt: skip
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path, context: int) -> bool:
@@ -184,7 +187,7 @@ def _panel(
 
 def _families(points: Sequence[Point]) -> list[list[Point]]:
     """The points that a line joins, by bytes."""
-    found: dict[tuple[str, str | None], list[Point]] = {}
+    found: dict[tuple[str | None, ...], list[Point]] = {}
     for point in sorted(points, key=lambda one: one.nbytes):
         found.setdefault(point.family, []).append(point)
     return list(found.values())

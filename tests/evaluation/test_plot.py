@@ -38,6 +38,15 @@ def test_a_policy_is_joined_over_ratios_and_full_over_codecs() -> None:
     [loss] = panels(rows)
     names = [[p.name for p in family] for family in plot._families(loss.points)]
     assert names == [["tova-cr4", "tova-cr2"], ["tova-cr2+int4"], ["full+int4", "full+int8"]]
+    rows[2]["weights"], rows[3]["weights"] = "one", "other"  # two artefacts of a policy
+    [loss] = panels(rows)
+    assert [len(family) for family in plot._families(loss.points)] == [1, 1, 1, 2]
+
+
+def test_codecs_have_markers_of_their_own() -> None:
+    from cachefold.cache.codecs import list_codecs
+
+    assert len(plot.MARKERS) > len(list_codecs())
 
 
 @pytest.fixture
