@@ -40,7 +40,9 @@ def run(
         str, typer.Option(help="For methods that name none: `none`, int4, int4,int2 ...")
     ] = CODEC,
     tasks: Annotated[str, typer.Option(help="Names with commas between; none if empty.")] = "",
-    limit: Annotated[int | None, typer.Option(help="Most rows of each task.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Most rows of each task, or prompts to make.")
+    ] = None,
     pieces: Annotated[int, typer.Option(help="Most held-out pieces of each file.")] = 6,
     tokens: Annotated[int, typer.Option(help="Tokens of a piece.")] = 1024,
     context: Annotated[

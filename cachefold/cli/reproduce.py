@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cachefold.core.names import closest
+
+if TYPE_CHECKING:
+    from cachefold.retrofit.config import RetrofitConfig
 
 
 def run(
@@ -28,32 +32,25 @@ def run(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of the run, which goes on where it stopped, or of the table; without, "
-            "one in runs/reproduce."
+            help="Folder to train in, where a run goes on, or with --shipped for the table; "
+            "without, one in runs/reproduce. Changes need it."
         ),
     ] = None,
 ) -> None:
     """Run a recipe again, measure the result and print it beside what is shipped."""
-    from cachefold.evaluation.naming import check_ratio
+    from cachefold.retrofit.config import load_recipe
 
     recipe, artefact = _find(name)
-    ratios: list[float | None] = [
-        check_ratio(word.strip()) for word in cr.split(",") if word.strip()
-    ]
-    if overrides and (shipped or out is None):
-        raise ValueError(
-            "changes make another model than the shipped one: leave --shipped out and name a "
-            "folder for it with --out"
-        )
-    if shipped and not artefact.is_dir():
-        raise ValueError(
-            f"{name} has a recipe, but its weights are not shipped: leave --shipped out to train it"
-        )
+    _check_changes(overrides or [], shipped, out)
     out = out or Path("runs/reproduce") / (f"{name}-shipped" if shipped else name)
-    folder = artefact if shipped else _train(recipe, overrides or [], out)
+    config = replace(load_recipe(recipe, overrides or []), output_dir=str(out))
+    ratios = _ratios(cr, config)
+    if shipped:
+        _check_shipped(artefact, out)
+    folder = artefact if shipped else _train(config)
     # Beside new weights, where `cachefold card` looks for it.
     tables = _measure(folder, ratios, pieces, tokens, out if shipped else folder)
-    if not overrides:
+    if artefact.is_dir() and not overrides:
         _compare(artefact, tables)
 
 
@@ -71,17 +68,61 @@ def _find(name: str) -> tuple[Path, Path]:
     return recipe, find(Path("artefacts") / name)
 
 
-def _train(recipe: Path, overrides: list[str], output: Path) -> Path:
+def _check_changes(overrides: list[str], shipped: bool, out: Path | None) -> None:
+    """Changes make another model than the recipe's, in a folder of its own."""
+    if overrides and shipped:
+        raise ValueError(
+            f"--shipped measures weights as they are: leave out --shipped or {' '.join(overrides)}"
+        )
+    if overrides and out is None:
+        raise ValueError(
+            "changes make another model than the recipe's, which needs a folder of its own: add "
+            "--out, such as --out runs/mine"
+        )
+    if any(change.startswith("output_dir=") for change in overrides):
+        raise ValueError("the folder of the run is that of --out; leave output_dir out")
+
+
+def _check_shipped(artefact: Path, out: Path) -> None:
+    """There are weights, and a folder for their table that has no others in it."""
+    if not artefact.is_dir():
+        raise ValueError(
+            f"{artefact.name} has a recipe, but its weights are not shipped: leave --shipped out "
+            "to train it; `cachefold ls artefacts` shows what is shipped"
+        )
+    if (out.exists() and not out.is_dir()) or (out / "recipe.yaml").exists():
+        raise ValueError(
+            f"{out} is a file, a run or an artefact; name another folder for the table with --out"
+        )
+
+
+def _ratios(words: str, config: RetrofitConfig) -> list[float | None]:
+    """Ratios to measure, checked now and not after hours of training."""
+    from cachefold.evaluation.naming import check_ratio
+
+    ratios: list[float | None] = [
+        check_ratio(word.strip()) for word in words.split(",") if word.strip()
+    ]
+    most: Any = getattr(config.build_policy(), "max_cr", None)
+    if ratios and most is None:
+        raise ValueError("--cr turns a dial, and this recipe makes none: leave it out")
+    if any(ratio is not None and ratio > most for ratio in ratios):
+        raise ValueError(f"this dial serves ratios from 1 to {most:g}; got --cr {words}")
+    return ratios
+
+
+def _train(config: RetrofitConfig) -> Path:
     from cachefold.cli.retrofit import train
     from cachefold.retrofit.checkpoint import check_output
-    from cachefold.retrofit.config import load_recipe
     from cachefold.retrofit.run import FINAL
 
-    config = load_recipe(recipe, [*overrides, f"output_dir={output}"])
+    output = Path(config.output_dir)
     begun = (output / "recipe.yaml").is_file()
-    if not begun and output.is_dir() and any(output.iterdir()):
+    artefact = (output / "cachefold.json").is_file()
+    if artefact or (not begun and output.is_dir() and any(output.iterdir())):
         raise ValueError(
-            f"{output} holds something else than a run; name another folder with --out"
+            f"{output} holds something else than a run and is left as it is; name another folder "
+            "with --out"
         )
     check_output(config, resume=begun)  # also that a finished run is one of this recipe
     if not (output / FINAL / "cachefold.json").is_file():
@@ -112,15 +153,20 @@ def _compare(shipped: Path, tables: list[dict[str, Any]]) -> None:
     from cachefold.retrofit.card import HELDOUT
 
     path = shipped / HELDOUT
-    if not path.is_file():
-        return
-    recorded = json.loads(path.read_text(encoding="utf-8"))
-    for old in recorded:
-        for new in tables:
-            if all(old[key] == new[key] for key in ("cr", "pieces", "tokens")):
-                before, now = old.get("machine", "a machine of no name"), new["machine"]
-                print(
-                    f"shipped, cr {new['cr']:g}: mean increase {old['mean_increase']:+.4f} as "
-                    f"recorded, {new['mean_increase']:+.4f} measured now"
-                    + (f" (on {before} then, on {now} now)" if before != now else "")
-                )
+    recorded = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    known = {(old["cr"], old["pieces"], old["tokens"]): old for old in recorded}
+    for new in tables:
+        old = known.get((new["cr"], new["pieces"], new["tokens"]))
+        if old is None:
+            sizes = [f"cr {cr:g} with --pieces {p} --tokens {t}" for cr, p, t in known]
+            print(
+                f"cr {new['cr']:g} not compared; recorded of what is shipped: "
+                f"{', '.join(sizes) or 'nothing'}"
+            )
+            continue
+        before, now = old["machine"], new["machine"]
+        print(
+            f"shipped, cr {new['cr']:g}: mean increase {old['mean_increase']:+.4f} as "
+            f"recorded, {new['mean_increase']:+.4f} measured now"
+            + (f" (on {before} then, on {now} now)" if before != now else "")
+        )

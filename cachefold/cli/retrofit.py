@@ -45,8 +45,8 @@ def train(config: RetrofitConfig, *, resume: bool, dry_run: bool = False) -> dic
     import torch
     from transformers.utils import logging
 
+    from cachefold.retrofit.checkpoint import RetrofitDivergedError
     from cachefold.retrofit.run import run_retrofit
-    from cachefold.retrofit.trainer import RetrofitDivergedError
 
     torch.set_flush_denormal(True)
     logging.disable_progress_bar()

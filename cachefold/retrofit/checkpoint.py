@@ -24,7 +24,11 @@ class RetrofitDivergedError(RuntimeError):
     """Loss, gradient or weights are not finite any more; checkpoints written before are kept."""
 
     def __str__(self) -> str:
-        """What happened, and what to do; added here, since another process makes errors again."""
+        """What happened, and what to do.
+
+        The advice is added here and not to `args`, from which an error that comes out of another
+        process is built anew: it would be there twice.
+        """
         return (
             f"{super().__str__()}; checkpoints so far are kept. Lower train.learning_rate, or set "
             "train.dtype: float32, and start again."
@@ -89,8 +93,8 @@ def check_output(config: RetrofitConfig, resume: bool) -> None:
         )
     if _result(load_recipe(stored)) != _result(config):
         raise ValueError(
-            f"the run in {folder} had another recipe than this one (compare {stored}); resume "
-            "with the same recipe and overrides, or choose another output_dir"
+            f"the run in {folder} had another recipe than this one (compare {stored}); go on "
+            "with the same recipe and changes, or choose another folder"
         )
 
 

@@ -23,9 +23,11 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "recipes" / "tiny.yaml").write_text(yaml.safe_dump(values))
     recorded = [
-        {"cr": 2.0, "tokens": 48, "pieces": pieces, "mean_increase": increase}
+        {
+            "cr": 2.0, "tokens": 48, "pieces": pieces, "mean_increase": increase, "machine": "old",
+        }
         for pieces, increase in ((1, 0.1234), (12, 0.5678))
-    ]
+    ]  # fmt: skip
     (tmp_path / "artefacts" / "tiny" / "heldout.json").write_text(json.dumps(recorded))
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -39,6 +41,7 @@ def test_it_trains_measures_and_compares(cli: Run, place: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "shipped, cr 2: mean increase +0.1234 as recorded" in result.output
     assert "0.5678" not in result.output  # of other pieces
+    assert "cr 3 not compared; recorded of what is shipped: cr 2 with --pieces 1" in result.output
     folder = place / "runs" / "reproduce" / "tiny"
     tables = json.loads((folder / "final" / "heldout.json").read_text())
     assert [table["cr"] for table in tables] == [2.0, 3.0]
@@ -74,21 +77,42 @@ def test_a_recipe_whose_weights_are_not_shipped(cli: Run, place: Path) -> None:
     (place / "artefacts" / "tiny" / "heldout.json").unlink()
     (place / "artefacts" / "tiny").rmdir()
     assert "its weights are not shipped" in cli("reproduce", "tiny", "--shipped").stderr
-    change = "policy.max_cr=3"
-    assert "with --out" in cli("reproduce", "tiny", change).stderr
-    result = cli("reproduce", "tiny", change, *SIZE, "--cr", 3, "--out", "runs/changed")
+    result = cli("reproduce", "tiny", *SIZE)
     assert result.exit_code == 0, result.output
-    assert "as recorded" not in result.output
+    assert "recorded" not in result.output
+
+
+def test_a_changed_recipe(cli: Run, place: Path) -> None:
+    result = cli("reproduce", "tiny", "policy.max_cr=3", *SIZE, "--cr", 3, "--out", "runs/changed")
+    assert result.exit_code == 0, result.output
+    assert "recorded" not in result.output
     weights = place / "runs" / "changed" / "final"
-    assert json.loads((weights / "heldout.json").read_text())[0]["cr"] == 3
+    written = (weights / "heldout.json").read_text()
+    assert json.loads(written)[0]["cr"] == 3
     assert json.loads((weights / "cachefold.json").read_text())["policy"]["max_cr"] == 3
-    before = (weights / "heldout.json").read_text()
     other = cli("reproduce", "tiny", *SIZE, "--out", "runs/changed")  # finished, but another one
     assert "had another recipe" in other.stderr
+    for options in (["policy.max_cr=3"], ["--shipped"]):  # neither trains nor writes in weights
+        assert "--out" in cli("reproduce", "tiny", *options, *SIZE, "--out", weights).stderr
+    assert (weights / "heldout.json").read_text() == written
+
+
+def test_mistakes_are_told_before_anything_is_done(cli: Run, place: Path) -> None:
+    change = "policy.max_cr=3"
+    assert "add --out" in cli("reproduce", "tiny", change).stderr
+    both = cli("reproduce", "tiny", change, "--shipped", "--out", "runs/x").stderr
+    assert "leave out --shipped or policy.max_cr=3" in both
+    folder = cli("reproduce", "tiny", "output_dir=runs/y", "--out", "runs/x").stderr
+    assert "leave output_dir out" in folder
+    assert "from 1 to 4; got --cr 2,5" in cli("reproduce", "tiny", "--cr", "2,5").stderr
+    single = cli("reproduce", "tiny", "policy.max_cr=null", "--cr", "2", "--out", "runs/x").stderr
+    assert "makes none: leave it out" in single
     (place / "taken").mkdir()
     (place / "taken" / "thesis.tex").touch()
     assert "something else than a run" in cli("reproduce", "tiny", "--out", "taken").stderr
-    assert (weights / "heldout.json").read_text() == before
+    file = cli("reproduce", "tiny", "--shipped", "--out", "taken/thesis.tex").stderr
+    assert "is a file, a run or an artefact" in file
+    assert not (place / "runs").exists()
 
 
 def test_weights_that_diverge_are_told_without_a_trace(cli: Run, place: Path) -> None:
