@@ -3,13 +3,17 @@
 python benchmarks/ablations.py                 # all of recipes/ablations/changes.yaml, or go on
 python benchmarks/ablations.py base delay-0    # some
 python benchmarks/ablations.py --jobs 16       # side by side: one of them hardly occupies a GPU
+python benchmarks/ablations.py --jobs 2        # each with one of two cores, which is faster too
 python benchmarks/ablations.py --table         # Markdown of what is measured so far
 
 Every run is a dial, so that all are compared at exactly the same ratios, calibrated on training
 text. `divergence` is what training itself saw at the end: of sequences of one length the same texts
 and targets in all runs. What no option of a recipe can say is a `variant=NAME` of variants.py.
-Results are added to a JSON file; runs that are in it are not done again. The file `variant` in the
-folder of a run names the variant that its artefact needs; it is empty where that is none.
+Results are added to a JSON file; runs that are in it are not done again. One that fails is told on
+stderr, with exit code 2 in the end, and the same command tries it again. Side by side each run has
+a model of its own and its share of the cores, and `minutes` are those of all at once. The file
+`variant` in the folder of a run names the variant that its artefact needs; it is empty where that
+is none.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -33,7 +37,7 @@ import yaml
 from transformers.utils import logging
 
 from cachefold.evaluation.heldout import measure_artefact
-from cachefold.retrofit.checkpoint import RetrofitDivergedError, check_output, claim_output
+from cachefold.retrofit.checkpoint import check_output, claim_output
 from cachefold.retrofit.config import RetrofitConfig, load_recipe
 from cachefold.retrofit.reporting import read_log
 from cachefold.retrofit.run import FINAL, run_retrofit
@@ -63,14 +67,15 @@ def main() -> None:
         print(table(results))
         return
     wanted = {n: changes[n] for n in arguments.names or changes if n not in results}
-    failed = []
+    failed = False
     for name, found in run_all(wanted, arguments.pieces, arguments.jobs):
         if isinstance(found, Exception):
-            failed.append(f"error: {name}: {found}")
+            failed = True
+            print(f"error: {name}: {type(found).__name__}: {found}", file=sys.stderr, flush=True)
             continue
         results[name] = found
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    print("\n".join([table(results), *failed]))
+    print(table(results))
     sys.exit(2 if failed else 0)
 
 
@@ -82,21 +87,26 @@ def run_all(
     Yields:
         Name and result of one that is done, or why there is none: then the others go on.
     """
-    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
-    with ProcessPoolExecutor(
-        jobs, multiprocessing.get_context("spawn"), initializer=_prepare, initargs=(threads,),
-        max_tasks_per_child=1,
-    ) as pool:  # fmt: skip
-        names = {pool.submit(run, name, wanted[name], pieces): name for name in wanted}
-        for done in as_completed(names):
-            try:
-                yield names[done], done.result()
-            except (ValueError, RetrofitDivergedError) as error:
-                yield names[done], error
+    cores = max(1, len(os.sched_getaffinity(0)) // jobs)
+    with ThreadPoolExecutor(jobs) as threads:
+        names = {threads.submit(_apart, n, wanted[n], pieces, cores): n for n in wanted}
+        try:
+            for done in as_completed(names):
+                error = done.exception()
+                yield names[done], error if isinstance(error, Exception) else done.result()
+        finally:  # Ctrl-C must not start what still waits
+            threads.shutdown(cancel_futures=True)
 
 
-def _prepare(threads: int) -> None:
-    torch.set_num_threads(threads)
+def _apart(name: str, changes: list[str], pieces: int, cores: int) -> dict[str, Any]:
+    """`run` in a new process: a pool for each, since one that is killed takes its pool along."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, initializer=_prepare, initargs=(cores,)) as pool:
+        return pool.submit(run, name, changes, pieces).result()
+
+
+def _prepare(cores: int) -> None:
+    torch.set_num_threads(cores)
     torch.set_flush_denormal(True)
     logging.disable_progress_bar()
 

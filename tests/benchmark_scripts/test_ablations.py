@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import Any
 
@@ -93,3 +96,21 @@ def test_one_that_fails_leaves_the_others_running(
     assert "lora_rank" in str(found["typo"])
     assert str(found["wild"]).count("start again") == 1
     assert set(found["small"]) > {"2", "4", "8", "divergence"}
+
+
+def end(name: str, changes: list[str], pieces: int) -> dict[str, Any]:
+    """Instead of a run, in a process of its own."""
+    if name == "killed":  # as the system does when memory is short
+        os.kill(os.getpid(), signal.SIGKILL)
+    if name == "full":
+        raise RuntimeError("out of memory")
+    return {"pieces": pieces}
+
+
+def test_one_that_is_killed_leaves_the_others_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ablations, "run", end)
+    names = ["killed", "full", "one", "other"]
+    found = dict(ablations.run_all(dict.fromkeys(names, []), pieces=7, jobs=2))
+    assert isinstance(found["killed"], BrokenExecutor)
+    assert "out of memory" in str(found["full"])
+    assert found["one"] == found["other"] == {"pieces": 7}
