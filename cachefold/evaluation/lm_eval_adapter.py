@@ -4,7 +4,7 @@ lm-eval 0.4.13 looks `--model` up among the models of its own package and those 
 it runs, so this module is also the command that starts it:
 
     python -m cachefold.evaluation.lm_eval_adapter run --model cachefold \
-        --model_args pretrained=artefacts/smollm2-135m-dial-recall,cr=4 --tasks piqa --limit 100
+        --model_args pretrained=artefacts/smollm2-135m-dial-wide,cr=4 --tasks piqa --limit 100
 
 Later releases have plugins and find it by the entry point that this package declares.
 `--model_args`: see `CachefoldLM`. The ratio reached is logged, and kept in the results.

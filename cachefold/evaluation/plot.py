@@ -154,7 +154,7 @@ def _styles(found: Sequence[Panel]) -> tuple[dict[str, Any], dict[str | None, st
 def _panel(
     axis: Any, panel: Panel, colours: dict[str, Any], markers: dict[str | None, str], context: int
 ) -> None:
-    """Front, points, and the lines that join one policy and codec."""
+    """Front, points, and the lines that join a family."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     front = pareto(panel.points, panel.higher_is_better)

@@ -47,7 +47,7 @@ def run_tasks(
     Args:
         subject: the model under test.
         tasks: each with a name of its own.
-        limit: most rows of each; None = all.
+        limit: most rows of each, see `Task.rows`; None = all.
         store: folder with one JSON-lines file for each task. Rows found there are not run again;
             None = nothing is kept. A smaller limit runs those again that ran together with rows
             beyond it: how much their texts filled is known only of all together.

@@ -30,7 +30,7 @@ class EvalSettings:
     context: int = 2048
     """Tokens in the cache where bytes and speed are measured."""
     limit: int | None = None
-    """Most rows of a task; None = all."""
+    """Most rows of a task, or prompts to make; None = all, or as many as is usual."""
     batch_size: int | Literal["auto"] = "auto"
     """Requests side by side in tasks."""
     seed: int = 0
