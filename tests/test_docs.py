@@ -155,6 +155,17 @@ def test_the_lab_book_has_the_figures_of_its_files():
         assert re.search(rf"^\| {name}\b[^|]*\| {cells(*measured.values())} \|", page, re.M)
 
 
+@pytest.mark.parametrize(
+    ("name", "page"), [("needle.json", "retrofit.md"), ("tasks-arc.json", "methods.md")]
+)
+def test_scores_in_the_text_are_those_of_their_files(name, page):
+    text = " ".join((RESULTS / page).read_text().split())
+    for row in read(RESULTS / name)["rows"]:
+        [score] = row["tasks"].values()
+        value = f"({score['value']:.2f}|{score['value']:.3f})"
+        assert re.search(rf"{value} \((standard error )?{score['error']:.3f}\)", text)
+
+
 def cells(run: dict[str, Any]) -> str:
     """Pattern of the increase and of the ratios that were reached."""
     increase = re.escape(f"{run['increase']:+.3f}")

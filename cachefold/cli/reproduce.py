@@ -99,15 +99,16 @@ def _check_shipped(artefact: Path, out: Path) -> None:
 def _ratios(words: str, config: RetrofitConfig) -> list[float | None]:
     """Ratios to measure, checked now and not after hours of training."""
     from cachefold.evaluation.naming import check_ratio
+    from cachefold.models.dial import has_dial
 
     ratios: list[float | None] = [
         check_ratio(word.strip()) for word in words.split(",") if word.strip()
     ]
-    most: Any = getattr(config.build_policy(), "max_cr", None)
-    if ratios and most is None:
+    policy: Any = config.build_policy()
+    if ratios and not has_dial(policy):
         raise ValueError("--cr turns a dial, and this recipe makes none: leave it out")
-    if any(ratio is not None and ratio > most for ratio in ratios):
-        raise ValueError(f"this dial serves ratios from 1 to {most:g}; got --cr {words}")
+    if any(ratio is not None and ratio > policy.max_cr for ratio in ratios):
+        raise ValueError(f"this dial serves ratios from 1 to {policy.max_cr:g}; got --cr {words}")
     return ratios
 
 
