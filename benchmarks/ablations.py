@@ -8,7 +8,7 @@ python benchmarks/ablations.py --table         # Markdown of what is measured so
 
 Every run is a dial, so that all are compared at exactly the same ratios, calibrated on training
 text. `divergence` is what training itself saw at the end: of sequences of one length the same texts
-and targets in all runs. What no option of a recipe can say is a `variant=NAME` of variants.py.
+and targets in all runs. What no option of a recipe can say is a `variant=NAME` of variants.
 Results are added to a JSON file; runs that are in it are not done again. One that fails is told on
 stderr, with exit code 2 in the end, and the same command tries it again. Side by side each run has
 a model of its own and its share of the cores, and `minutes` are those of all at once. The file

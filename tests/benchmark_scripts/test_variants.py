@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from cachefold.models import attention
 from cachefold.models.attention import FoldedAttention
 from cachefold.models.fold import new_cache
 from cachefold.models.hub import load_folded, read_config
-from cachefold.retrofit import data, losses, trainer
-from cachefold.retrofit.config import RetrofitConfig, from_dict
+from cachefold.policies.decisions import LinearDecision
+from cachefold.retrofit import data, losses, run, trainer
+from cachefold.retrofit.config import DataConfig, RetrofitConfig, from_dict
 from cachefold.retrofit.data import PackedDataset
 from cachefold.retrofit.losses import distillation_loss
 from cachefold.retrofit.prepare import load_model, prepare
@@ -28,11 +30,13 @@ from cachefold.zoo import load_base
 from tests.benchmark_scripts.tiny import logits_of
 from tests.models.tiny import random_ids, scramble_decisions, tiny_model
 from tests.retrofit.test_losses import inputs
-from tests.retrofit.tiny import recipe
-from variants import VARIANTS, entmax_sigmoid, split
+from tests.retrofit.tiny import make_tokenizer, recipe
+from variants import VARIANTS, split
+from variants.deciding import entmax_sigmoid
 
 OWNERS = (
-    attention, decisions, layers, losses, merging, trainer, DMC, FoldedAttention, RetrofitTrainer,
+    attention, decisions, layers, losses, merging, trainer, DMC, FoldedAttention, LinearDecision,
+    RetrofitTrainer, run,
 )  # fmt: skip
 
 
@@ -114,12 +118,50 @@ def trainer_of(workspace: Path, folder: Path, steps: int) -> RetrofitTrainer:
 def test_decisions_learn_alone(
     name: str, adapters: list[bool], workspace: Path, tmp_path: Path
 ) -> None:
-    run = trainer_of(workspace, tmp_path, 4)
-    watch = Watch(run.model)
-    run.add_callback(watch)
+    retrofit = trainer_of(workspace, tmp_path, 4)
+    watch = Watch(retrofit.model)
+    retrofit.add_callback(watch)
     with VARIANTS[name]():
-        run.train()
+        retrofit.train()
     assert watch.moved == [[moved, True] for moved in adapters]
+
+
+@pytest.mark.parametrize(
+    ("name", "means"), [("layer-targets", [0.5, 0.25]), ("head-targets", [0.25, 0.75, 0.25, 0.25])]
+)
+def test_the_ratio_is_asked_of_parts(
+    name: str, means: list[float], workspace: Path, tmp_path: Path
+) -> None:
+    retrofit, recorded = trainer_of(workspace, tmp_path, 4), {}
+    first = torch.tensor([[[0.0, 0, 0, 1], [1, 1, 1, 0]]])
+    second = torch.tensor([[[0.0, 1, 0, 0], [0, 0, 0, 1]]])
+    with VARIANTS[name]():
+        retrofit._student_run(0, recorded)
+        for layer, alpha in enumerate((first, second)):
+            recorded[layer] = decisions.Decisions(alpha, alpha, alpha)
+        loss = trainer.compression_loss(torch.tensor([0.375]), 0.375, exact=True)
+        one_sided = trainer.compression_loss(torch.tensor([0.375]), 0.375)
+    gaps = 0.375 - torch.tensor(means)
+    assert loss == gaps.abs().mean() and one_sided == gaps.clamp(min=0).mean()
+
+
+def test_bulk_is_neither_chat_nor_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "CALIBRATION_TOKENS", 4)
+    words = {"w5": "chat", "w6": "code", "w7": "docs", "w8": None}
+    rows = [json.dumps({"text": f"{word} " * 8, "kind": kind}) for word, kind in words.items()]
+    (tmp_path / "text.jsonl").write_text("\n".join(rows))
+    source, tokenizer = (
+        DataConfig(files=[str(tmp_path / "text.jsonl")], seq_len=4),
+        make_tokenizer(),
+    )
+
+    def seen() -> set[str]:
+        return set(tokenizer.decode(run.load_blocks(source, tokenizer).flatten()).split())
+
+    with VARIANTS["bulk-alone"]():
+        assert seen() & set(words) == {"w7", "w8"}
+        assert set(data.preset_texts(source, tokenizer)) == {"chat", "code", "bulk"}
+    assert seen() >= set(words)
 
 
 @pytest.mark.parametrize(("name", "share"), [("reverse-kl", 1.0), ("jeffreys", 0.5)])

@@ -1,7 +1,8 @@
-"""Variants that look at where tokens stand in a text: sinks, decide-later, positions."""
+"""Variants that look at more of a text than a token: sinks, positions, attention."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +13,11 @@ from cachefold.models.fold import new_cache
 from tests.benchmark_scripts.tiny import logits_of, tiny_folded
 from tests.models.tiny import random_ids, tiny_model
 from variants import VARIANTS
+
+WHOLE = (
+    "first-position", "mean-position", "decide-later", "sinks", "state-conditioned",
+    "attention-weights", "mlp-residual",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("mode", ["hard", "relaxed"])
@@ -50,15 +56,84 @@ def test_later_decisions_come_from_later_tokens(delay: int) -> None:
     assert torch.equal(short, plain[..., :3] if not delay else plain[..., [2, 2, 2]])
 
 
+@pytest.mark.parametrize(
+    "name", ["decide-later", "state-conditioned", "attention-weights", "mlp-residual"]
+)
 @pytest.mark.parametrize("mode", ["hard", "relaxed"])
-def test_later_decisions_look_at_nothing_that_has_not_come(mode: str) -> None:
-    model, ids = tiny_folded(), random_ids(1, 40)
+def test_nothing_is_seen_that_has_not_come(name: str, mode: str) -> None:
+    ids = random_ids(1, 40)
     changed = ids.clone()
     changed[:, 25:] = random_ids(1, 15, seed=7)
-    with VARIANTS["decide-later"]():
+    with VARIANTS[name]():
+        model = tiny_folded()  # its new weights are scrambled too
         before, after = (logits_of(model, x, mode=mode)[0] for x in (ids, changed))
     torch.testing.assert_close(before[:, :25], after[:, :25])
     assert not torch.allclose(before[:, 25:], after[:, 25:], atol=1e-3)
+
+
+def test_a_decision_sees_the_open_entry_of_the_draft() -> None:
+    with VARIANTS["state-conditioned"]():
+        model, ids = tiny_folded(), random_ids(1, 30)
+        layer = model.model.layers[0].self_attn
+        sight = layer.decision.sight.data
+        found = logits_of(model, ids)[1][0].logits[0]
+        weights, sight[:] = 10 * sight.clone(), 0.0
+        draft = logits_of(model, ids)[1][0]
+    hidden = model.model.layers[0].input_layernorm(model.model.embed_tokens(ids))
+    keys = layer.k_proj(hidden)[0].unflatten(-1, (2, -1)).detach()  # (T, K, D)
+    lengths = set()
+    for head in range(2):
+        entry: list[int] = []
+        for token in range(30):
+            wanted = draft.logits[0, head, token]
+            if entry:
+                omega = draft.omega[0, head, entry]
+                mean = (omega[:, None] * keys[entry, head]).sum(0) / omega.sum()
+                like = torch.cosine_similarity(keys[token, head], mean, dim=0)
+                wanted = wanted + weights[0, head] * like + weights[1, head] * np.log(len(entry))
+            torch.testing.assert_close(found[head, token], wanted, atol=1e-4, rtol=1e-4)
+            lengths.add(len(entry))
+            entry = [*entry, token] if draft.logits[0, head, token] > 0 and entry else [token]
+    assert max(lengths) > 2
+    assert not torch.equal(found > 0, draft.logits[0] > 0)  # what is seen changes decisions
+
+
+@pytest.mark.parametrize("delay", [0, 4])
+def test_tokens_weigh_what_attention_they_got_while_exact(delay: int) -> None:
+    model, ids = tiny_folded(delay), random_ids(1, 30)
+    with VARIANTS["attention-weights"]():
+        omega = logits_of(model, ids)[1][0].omega[0]
+    dense = tiny_model(attn_implementation="eager")
+    dense.load_state_dict(model.state_dict(), strict=False)
+    attention_weights = dense(ids, output_attentions=True).attentions[0][0]  # (H, T, T)
+    by_head = attention_weights.unflatten(0, (2, -1)).mean(1)
+    reach = max(delay, 1)
+    for token in range(30 - reach):
+        wanted = by_head[:, token : token + reach, token].sum(1) / reach
+        torch.testing.assert_close(omega[:, token], wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_a_network_changes_merged_entries_alone() -> None:
+    ids = random_ids(1, 30)
+    with VARIANTS["mlp-residual"]():
+        model = tiny_folded()
+        outers = [layer.self_attn.decision.change.outer.data for layer in model.model.layers]
+        for outer in outers:
+            outer.mul_(100)
+        changed = logits_of(model, ids)[0], logits_of(model, ids, mode="append")[0]
+        key, value = torch.randn(2, 1, 2, 3, outers[0].shape[-1] // 2)
+        terms = key, value, torch.tensor([0.0, 1.0, 0.0]).expand(1, 2, 3), torch.ones(1, 2, 3)
+        entries = torch.cat(attention.running_means(*terms)[:2], -1)
+        for outer in outers:
+            outer.zero_()
+        means = torch.cat(attention.running_means(*terms)[:2], -1)
+        fresh = logits_of(model, ids)[0]
+    same = torch.isclose(entries, means).all(-1)
+    assert same.tolist() == [[[True, False, True]] * 2]
+    plain, appended = (logits_of(model, ids, mode=mode)[0] for mode in ("hard", "append"))
+    torch.testing.assert_close(fresh, plain)
+    torch.testing.assert_close(changed[1], appended)
+    assert not torch.allclose(changed[0], plain, atol=1e-3)
 
 
 def places_of(name: str, alpha: Tensor, omega: Tensor) -> Tensor:
@@ -96,11 +171,11 @@ def test_entries_stand_where_they_are_put(name: str, monkeypatch: pytest.MonkeyP
     assert moved > 10
 
 
-@pytest.mark.parametrize("name", ["first-position", "mean-position", "decide-later", "sinks"])
+@pytest.mark.parametrize("name", WHOLE)
 @pytest.mark.parametrize("start", [3, 20])
 def test_variants_of_whole_texts_refuse_to_go_on(name: str, start: int) -> None:
-    model = tiny_folded()
     with VARIANTS[name]():
+        model = tiny_folded()
         cache = model(random_ids(1, start)).past_key_values
         with pytest.raises(ValueError, match="whole texts"):
             model(random_ids(1, 1), past_key_values=cache)
