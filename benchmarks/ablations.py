@@ -7,13 +7,13 @@ python benchmarks/ablations.py --jobs 2        # each with one of two cores, whi
 python benchmarks/ablations.py --table         # Markdown of what is measured so far
 
 Every run is a dial, so that all are compared at exactly the same ratios, calibrated on training
-text. `divergence` is what training itself saw at the end: of sequences of one length the same texts
-and targets in all runs. What no option of a recipe can say is a `variant=NAME` of variants.
-Results are added to a JSON file; runs that are in it are not done again. One that fails is told on
-stderr, with exit code 2 in the end, and the same command tries it again. Side by side each run has
-a model of its own and its share of the cores, and `minutes` are those of all at once. The file
-`variant` in the folder of a run names the variant that its artefact needs; it is empty where that
-is none.
+text. `divergence` is what training itself saw at the end: of the same texts and targets in all runs
+that have base's text in base's order, its ramp and its length of sequences. What no option of a
+recipe can say is a `variant=NAME` of the variants beside this file. Results are added to a JSON
+file; runs that are in it are not done again. One that fails is told on stderr, with exit code 2 in
+the end, and the same command tries it again. Side by side each run has a model of its own and its
+share of the cores, and `minutes` are those of all at once. The file `variant` in the folder of a
+run names the variant that its artefact needs; it is empty where that is none.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ import yaml
 from transformers.utils import logging
 
 from cachefold.evaluation.heldout import measure_artefact
+from cachefold.models.hub import read_config
 from cachefold.retrofit.checkpoint import check_output, claim_output
 from cachefold.retrofit.config import RetrofitConfig, load_recipe
 from cachefold.retrofit.reporting import read_log
@@ -146,13 +146,21 @@ def claim(config: RetrofitConfig, variant: str) -> None:
 
 
 def train_and_measure(config: RetrofitConfig, pieces: int) -> dict[str, Any]:
-    """Minutes of training, and the increase over dense at every ratio."""
+    """Increase over dense at every ratio, and minutes of training where it was not done before.
+
+    Raises:
+        ValueError: the dial could not be calibrated.
+    """
     final = Path(config.output_dir) / FINAL
-    start = time.monotonic()
+    found: dict[str, Any] = {}
     if not (final / "cachefold.json").is_file():
+        start = time.monotonic()
         run_retrofit(config, resume=True)
-    found: dict[str, Any] = {"minutes": (time.monotonic() - start) / 60}
-    found["divergence"] = divergence(final)
+        found["minutes"] = (time.monotonic() - start) / 60
+    if "dial" not in read_config(final):
+        raise ValueError(f"the dial of {final} is not calibrated, so that ratios would be off")
+    if config.train.kd_weight:
+        found["divergence"] = divergence(final)
     for cr in RATIOS:
         facts = measure_artefact(final, cr=cr, pieces=pieces, progress=print)
         found["machine"] = facts["machine"]
@@ -185,13 +193,16 @@ def divergence(artefact: Path) -> dict[str, float]:
 def table(results: dict[str, Any]) -> str:
     """Markdown: increase over dense at each ratio, best at the middle one first; divergences."""
     lines = [
-        f"| run | {' | '.join(f'cr {cr:g}' for cr in RATIOS)} | to {SPLIT:g} | above |",
-        f"| --- |{' ---: |' * (len(RATIOS) + 2)}",
+        f"| run | machine | {' | '.join(f'cr {cr:g}' for cr in RATIOS)} | to {SPLIT:g} | above |",
+        f"| --- | --- |{' ---: |' * (len(RATIOS) + 2)}",
     ]
     for name in sorted(results, key=lambda name: results[name][f"{RATIOS[1]:g}"]["increase"]):
-        cells = [f"{results[name][f'{cr:g}']['increase']:+.4f}" for cr in RATIOS]
-        cells += [f"{results[name]['divergence'].get(part, nan):.3f}" for part in ("low", "high")]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        found = results[name]
+        cells = [f"{found[f'{cr:g}']['increase']:+.4f}" for cr in RATIOS]
+        parts = [found.get("divergence", {}).get(part) for part in ("low", "high")]
+        cells += ["" if part is None else f"{part:.3f}" for part in parts]
+        machine = "CPU" if "threads" in found["machine"] else found["machine"]
+        lines.append(f"| {name} | {machine} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -21,6 +21,10 @@ from variants.registry import of_whole_texts, swapped, variant
 
 SINKS = 4
 """First tokens of a text that keep entries of their own, as in StreamingLLM."""
+ROUNDS = 4
+"""In which decisions that see the open entry are made."""
+USUAL = 0.8
+"""About the mean cosine of keys to the open entry: else its weight would be a second bias."""
 
 
 def entmax_sigmoid(x: Tensor) -> Tensor:
@@ -103,8 +107,8 @@ def decide_later() -> AbstractContextManager[None]:
 def state_conditioned() -> AbstractContextManager[None]:
     """Does it help to see the open entry: how like it the new key is, and how long it is?
 
-    Each head learns two weights on its merge logits. The open entry is that of a first draft, the
-    hard decisions made without seeing one, so that a text is decided all at once.
+    Each head learns two weights on its merge logits. A text is decided all at once, in rounds: the
+    first sees nothing, and each other the open entries of the hard decisions before it.
     """
     build, decide = LinearDecision.__init__, LinearDecision.forward
 
@@ -116,9 +120,11 @@ def state_conditioned() -> AbstractContextManager[None]:
         self: Any, query: Tensor, key: Tensor, hidden_states: Tensor, position: float = 0.0
     ) -> tuple[Tensor, Tensor]:
         logits, omega = decide(self, query, key, hidden_states, position)
-        seen = _open_entry(key, decisions.harden(logits), omega)
-        weights = LINEAR_SCALE * self.sight.float()[:, None, :, None]
-        return logits + (weights * seen).sum(0), omega
+        weights, merge = LINEAR_SCALE * self.sight.float()[:, None, :, None], logits
+        for _ in range(ROUNDS):
+            seen = _open_entry(key, decisions.harden(merge), omega)
+            merge = logits + (weights * seen).sum(0)
+        return merge, omega
 
     swaps = [(LinearDecision, "__init__", init), (LinearDecision, "forward", forward)]
     return swapped(of_whole_texts(FoldedAttention._alpha), *swaps)
@@ -126,7 +132,7 @@ def state_conditioned() -> AbstractContextManager[None]:
 
 @torch.no_grad()
 def _open_entry(key: Tensor, alpha: Tensor, omega: Tensor) -> Tensor:
-    """What each token finds before it: cosine of its key to the open entry, log of its length.
+    """What each token finds before it: likeness of its key to the open entry, log of its length.
 
     Args:
         key: (B, K, T, D), before rotary embedding.
@@ -134,9 +140,11 @@ def _open_entry(key: Tensor, alpha: Tensor, omega: Tensor) -> Tensor:
         omega: (B, K, T).
 
     Returns:
-        (2, B, K, T); 0 for the first token of a text.
+        (2, B, K, T): the cosine less `USUAL`, and the logarithm; 0 for the first token of a text.
     """
     mean, _, _ = merging.running_means(key, key[..., :1], alpha, omega)
     before = F.pad(mean, (0, 0, 1, 0))[..., :-1, :]
     length = F.pad(merging.running_sizes(alpha), (1, 0), value=1.0)[..., :-1].log()
-    return torch.stack([F.cosine_similarity(key.to(mean.dtype), before, dim=-1), length])
+    like = F.cosine_similarity(key.to(mean.dtype), before, dim=-1) - USUAL
+    like[..., 0] = 0.0
+    return torch.stack([like, length])

@@ -18,9 +18,12 @@ from cachefold.core import merging
 from cachefold.core.rotary import rotate
 from cachefold.models import attention
 from cachefold.models.attention import FoldedAttention
-from cachefold.policies.decisions import OMEGA_EPS, LinearDecision
+from cachefold.policies.decisions import LinearDecision
 from cachefold.policies.dmc import DMC
 from variants.registry import of_whole_texts, swapped, variant
+
+LEAST = 1e-6
+"""Weight of a token that got no attention: it must have some."""
 
 
 @variant
@@ -59,7 +62,7 @@ def attention_weights() -> AbstractContextManager[None]:
         assert turns is not None
         query, key = rotate(query, *turns), rotate(key, *turns)
         received = received_attention(query, key, layer.scaling, max(layer.policy.delay, 1))
-        return logits, received.to(logits.dtype).clamp(min=OMEGA_EPS)
+        return logits, received.to(logits.dtype).clamp(min=LEAST)
 
     swaps = [(FoldedAttention, "forward", fold_forward), (LinearDecision, "forward", forward)]
     return swapped(of_whole_texts(FoldedAttention._alpha), *swaps)
@@ -81,7 +84,9 @@ def received_attention(query: Tensor, key: Tensor, scaling: float, reach: int) -
     >>> received_attention(torch.zeros(1, 2, 3, 4), torch.zeros(1, 1, 3, 4), 1.0, 2).tolist()
     [[[0.75, 0.4166666865348816, 0.1666666716337204]]]
     """
-    scores = query.unflatten(1, (key.shape[1], -1)).float() @ key[:, :, None].float().mT * scaling
+    query, key = query.unflatten(1, (key.shape[1], -1)).float(), key[:, :, None].float()
+    with torch.autocast(key.device.type, enabled=False):
+        scores = query @ key.mT * scaling
     square = torch.ones(scores.shape[-2:], dtype=torch.bool, device=key.device)
     attention_weights = scores.masked_fill(~square.tril(), -torch.inf).softmax(-1).mean(2)
     near = attention_weights * (square.tril() & ~square.tril(-reach))
@@ -96,7 +101,7 @@ def mlp_residual() -> AbstractContextManager[None]:
 
     def build_decision(self: Any, hidden_size: int, num_kv_heads: int, head_dim: int) -> Any:
         decision = build(self, hidden_size, num_kv_heads, head_dim)
-        decision.change = Change(num_kv_heads, 2 * head_dim)
+        decision.change = Change(num_kv_heads, head_dim)
         return decision
 
     def alpha(self: Any, *args: Any) -> Tensor:
@@ -108,12 +113,10 @@ def mlp_residual() -> AbstractContextManager[None]:
         key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, window: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         mean_key, mean_value, weight = pooling.running_means(key, value, alpha, omega, window)
-        both = torch.cat([mean_key, mean_value], -1)
         # A token alone is no mean: it stays as it is.
         merged = 1 - 1 / merging.running_sizes(alpha)[..., None]
-        both = both + merged * change(both)
-        changed_key, changed_value = both.split([key.shape[-1], value.shape[-1]], -1)
-        return changed_key, changed_value, weight
+        key_change, value_change = change(mean_key, mean_value)
+        return mean_key + merged * key_change, mean_value + merged * value_change, weight
 
     return swapped(
         of_whole_texts(alpha),
@@ -124,26 +127,40 @@ def mlp_residual() -> AbstractContextManager[None]:
 
 
 class Change(nn.Module):
-    """One hidden layer for each kv head; 0 before training, and scales with what it reads.
+    """One hidden layer for each kv head, over a key and a value; 0 before training.
 
-    >>> Change(2, 8)(torch.ones(1, 2, 5, 8)).abs().sum().item()
-    0.0
+    Both are read and changed in units of their own size: keys are many times as large as values.
+
+    Args:
+        heads: K.
+        size: D of both.
+
+    >>> change = Change(2, 8)
+    >>> key_change, _ = change(torch.ones(1, 2, 5, 8), torch.ones(1, 2, 5, 8))
+    >>> key_change.shape, key_change.abs().sum().item()
+    (torch.Size([1, 2, 5, 8]), 0.0)
     """
 
     HIDDEN = 32
+    PACE = 0.2
+    """Factor on what is learned, so that a step changes entries about as much as one of LoRA."""
 
     def __init__(self, heads: int, size: int) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        inner = torch.randn(heads, size, self.HIDDEN, generator=generator) * size**-0.5
-        self.inner = nn.Parameter(inner)
-        self.outer = nn.Parameter(torch.zeros(heads, self.HIDDEN, size))
+        inner = torch.randn(heads, 2 * size, self.HIDDEN, generator=generator)
+        self.inner = nn.Parameter(inner * (2 * size) ** -0.5)
+        self.outer = nn.Parameter(torch.zeros(heads, self.HIDDEN, 2 * size))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, K, T, size) -> (B, K, T, size)."""
-        scale = x.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-6)
-        hidden = nn.functional.silu((x / scale) @ self.inner.to(x.dtype))
-        return hidden @ self.outer.to(x.dtype) * scale
+    def forward(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, K, T, D) each, in and out."""
+        scales = [x.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-6) for x in (key, value)]
+        both = torch.cat([key / scales[0], value / scales[1]], -1)
+        with torch.autocast(key.device.type, enabled=False):
+            hidden = nn.functional.silu(both @ self.inner.to(key.dtype))
+            made = self.PACE * hidden @ self.outer.to(key.dtype)
+        key_change, value_change = made.chunk(2, -1)
+        return key_change * scales[0], value_change * scales[1]
 
 
 @variant

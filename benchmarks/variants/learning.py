@@ -120,7 +120,7 @@ def _targets_of(parts: Callable[[Tensor], Tensor]) -> AbstractContextManager[Non
 def bulk_alone() -> AbstractContextManager[None]:
     """Does it take conversations and code, or is other text enough? The dial is calibrated on all.
 
-    The same tokens of text that is neither.
+    As many tokens of rows whose `kind` is neither.
     """
     rows, load = data._rows, data.load_blocks
 

@@ -42,6 +42,7 @@ def test_a_run_is_trained_and_measured_under_its_variant(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ablations, "run_retrofit", note)
     monkeypatch.setattr(ablations, "measure_artefact", note)
+    monkeypatch.setattr(ablations, "read_config", lambda _: {"dial": {}})
     changes = ["train.seed=3", *([f"variant={variant}"] if variant else [])]
     found = ablations.run("any", changes, pieces=1)
     assert under == [variant is not None] * 4  # one training, three ratios
@@ -50,8 +51,26 @@ def test_a_run_is_trained_and_measured_under_its_variant(
     assert found["8"] == {"increase": 0.5, "files": {"chat": [0.5, 2.0]}}
     assert attention.constrain is decisions.constrain
     assert found["divergence"] == {"low": 0.125, "high": 1.0}
-    row = "| any | +0.5000 | +0.5000 | +0.5000 | 0.125 | 1.000 |"
+    row = "| any | any | +0.5000 | +0.5000 | +0.5000 | 0.125 | 1.000 |"
     assert ablations.table({"any": found}).endswith(row)
+
+
+def test_nothing_is_measured_off_the_ratio(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ablations, "run_retrofit", lambda *_, **__: None)
+    monkeypatch.setattr(ablations, "read_config", lambda _: {})
+    with pytest.raises(ValueError, match="not calibrated"):
+        ablations.run("any", [], pieces=1)
+
+
+def test_a_table_has_no_divergence_where_none_was_measured() -> None:
+    found = {cr: {"increase": 0.5} for cr in ("2", "4", "8")}
+    machines = {"a": "x86_64, 1 threads", "b": "NVIDIA H200"}
+    rows = ablations.table({name: found | {"machine": m} for name, m in machines.items()})
+    increases = "| +0.5000 | +0.5000 | +0.5000 |"
+    assert rows.splitlines()[2:] == [
+        f"| a | CPU {increases}  |  |", f"| b | NVIDIA H200 {increases}  |  |",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("variant", ["", "sinks"])

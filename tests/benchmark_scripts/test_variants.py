@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -17,7 +18,7 @@ from cachefold.core import decisions, merging
 from cachefold.models import attention
 from cachefold.models.attention import FoldedAttention
 from cachefold.models.fold import new_cache
-from cachefold.models.hub import load_folded, read_config
+from cachefold.models.hub import WEIGHTS, load_folded, read_config
 from cachefold.policies.decisions import LinearDecision
 from cachefold.retrofit import data, losses, run, trainer
 from cachefold.retrofit.config import DataConfig, RetrofitConfig, from_dict
@@ -36,8 +37,12 @@ from variants.deciding import entmax_sigmoid
 
 OWNERS = (
     attention, decisions, layers, losses, merging, trainer, DMC, FoldedAttention, LinearDecision,
-    RetrofitTrainer, run,
+    RetrofitTrainer, data, run,
 )  # fmt: skip
+
+
+NEW_WEIGHTS = {"state-conditioned": ("sight",), "mlp-residual": ("change.outer",)}
+"""Names of what a variant adds to learn; 0 at first."""
 
 
 def swapped() -> list[Any]:
@@ -65,6 +70,9 @@ def test_a_variant_is_trained_and_measured_alike_and_leaves_no_trace(
         cache, ids = new_cache(model, cr=3), random_ids(1, 60)
         with torch.no_grad():
             cached = model(input_ids=ids, past_key_values=cache).logits
+        for weight in NEW_WEIGHTS.get(name, ()):
+            state = load_file(Path(facts["folder"]) / WEIGHTS)
+            assert any(state[key].any() for key in state if key.endswith(weight))
         assert cache.compression_ratio() > 1.5
         position = model._cachefold_dial.position(3)
         torch.testing.assert_close(cached, logits_of(model, ids, position=position)[0])
@@ -150,10 +158,8 @@ def test_bulk_is_neither_chat_nor_code(tmp_path: Path, monkeypatch: pytest.Monke
     words = {"w5": "chat", "w6": "code", "w7": "docs", "w8": None}
     rows = [json.dumps({"text": f"{word} " * 8, "kind": kind}) for word, kind in words.items()]
     (tmp_path / "text.jsonl").write_text("\n".join(rows))
-    source, tokenizer = (
-        DataConfig(files=[str(tmp_path / "text.jsonl")], seq_len=4),
-        make_tokenizer(),
-    )
+    source = DataConfig(files=[str(tmp_path / "text.jsonl")], seq_len=4)
+    tokenizer = make_tokenizer()
 
     def seen() -> set[str]:
         return set(tokenizer.decode(run.load_blocks(source, tokenizer).flatten()).split())

@@ -12,7 +12,7 @@ from cachefold.models import attention
 from cachefold.models.fold import new_cache
 from tests.benchmark_scripts.tiny import logits_of, tiny_folded
 from tests.models.tiny import random_ids, tiny_model
-from variants import VARIANTS
+from variants import VARIANTS, deciding
 
 WHOLE = (
     "first-position", "mean-position", "decide-later", "sinks", "state-conditioned",
@@ -71,36 +71,46 @@ def test_nothing_is_seen_that_has_not_come(name: str, mode: str) -> None:
     assert not torch.allclose(before[:, 25:], after[:, 25:], atol=1e-3)
 
 
-def test_a_decision_sees_the_open_entry_of_the_draft() -> None:
+def test_a_decision_sees_the_open_entry_of_the_round_before() -> None:
     with VARIANTS["state-conditioned"]():
         model, ids = tiny_folded(), random_ids(1, 30)
         layer = model.model.layers[0].self_attn
-        sight = layer.decision.sight.data
+        sight = layer.decision.sight.data.mul_(20)
         found = logits_of(model, ids)[1][0].logits[0]
         weights, sight[:] = 10 * sight.clone(), 0.0
-        draft = logits_of(model, ids)[1][0]
+        blind = logits_of(model, ids)[1][0]
     hidden = model.model.layers[0].input_layernorm(model.model.embed_tokens(ids))
     keys = layer.k_proj(hidden)[0].unflatten(-1, (2, -1)).detach()  # (T, K, D)
-    lengths = set()
-    for head in range(2):
-        entry: list[int] = []
-        for token in range(30):
-            wanted = draft.logits[0, head, token]
-            if entry:
-                omega = draft.omega[0, head, entry]
-                mean = (omega[:, None] * keys[entry, head]).sum(0) / omega.sum()
-                like = torch.cosine_similarity(keys[token, head], mean, dim=0)
-                wanted = wanted + weights[0, head] * like + weights[1, head] * np.log(len(entry))
-            torch.testing.assert_close(found[head, token], wanted, atol=1e-4, rtol=1e-4)
-            lengths.add(len(entry))
-            entry = [*entry, token] if draft.logits[0, head, token] > 0 and entry else [token]
-    assert max(lengths) > 2
-    assert not torch.equal(found > 0, draft.logits[0] > 0)  # what is seen changes decisions
+    rounds = [blind.logits[0]]
+    for _ in range(deciding.ROUNDS):
+        heads = [
+            seeing(blind.logits[0, k], rounds[-1][k] > 0, blind.omega[0, k], keys[:, k], w)
+            for k, w in enumerate(weights.T)
+        ]
+        rounds.append(torch.stack(heads))
+    torch.testing.assert_close(found, rounds[-1], atol=1e-4, rtol=1e-4)
+    assert not torch.equal(rounds[0] > 0, rounds[1] > 0)
+    assert not torch.equal(rounds[1] > 0, rounds[2] > 0)
+    assert torch.equal(rounds[-2] > 0, rounds[-1] > 0)  # so the entries are those it makes
 
 
-@pytest.mark.parametrize("delay", [0, 4])
-def test_tokens_weigh_what_attention_they_got_while_exact(delay: int) -> None:
+def seeing(logits: Tensor, merges: Tensor, omega: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
+    """Merge logits (T,) of one head that saw its open entries, token by token."""
+    found, entry = logits.clone(), list[int]()
+    for token in range(len(logits)):
+        if entry:
+            mean = (omega[entry, None] * keys[entry]).sum(0) / omega[entry].sum()
+            like = torch.cosine_similarity(keys[token], mean, dim=0) - deciding.USUAL
+            found[token] += weights[0] * like + weights[1] * np.log(len(entry))
+        entry = [*entry, token] if merges[token] else [token]
+    return found
+
+
+@pytest.mark.parametrize(("delay", "sharpness"), [(0, 1.0), (4, 1.0), (4, 3000.0)])
+def test_tokens_weigh_what_attention_they_got_while_exact(delay: int, sharpness: float) -> None:
     model, ids = tiny_folded(delay), random_ids(1, 30)
+    for layer in model.model.layers:  # sharp scores leave some tokens with nearly nothing
+        layer.self_attn.q_proj.weight.data *= sharpness
     with VARIANTS["attention-weights"]():
         omega = logits_of(model, ids)[1][0].omega[0]
     dense = tiny_model(attn_implementation="eager")
@@ -110,7 +120,8 @@ def test_tokens_weigh_what_attention_they_got_while_exact(delay: int) -> None:
     reach = max(delay, 1)
     for token in range(30 - reach):
         wanted = by_head[:, token : token + reach, token].sum(1) / reach
-        torch.testing.assert_close(omega[:, token], wanted, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(omega[:, token], wanted, atol=2e-6, rtol=1e-4)
+    assert (omega.min() < 1e-3) == (sharpness > 1)
 
 
 def test_a_network_changes_merged_entries_alone() -> None:
