@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import typer
+import yaml
 
 import ablations
 from cachefold.cli import app
@@ -153,6 +154,14 @@ def test_the_lab_book_has_the_figures_of_its_files():
     assert len(singles) >= 5
     for name, measured in singles.items():
         assert re.search(rf"^\| {name}\b[^|]*\| {cells(*measured.values())} \|", page, re.M)
+
+
+def test_the_lab_book_names_the_ablations_that_were_not_run():
+    page = " ".join((RESULTS / "retrofit.md").read_text().split())
+    [listed] = re.findall(r"Not run: ([^.]*(?:\.\d[^.]*)*)\.", page)
+    changes = yaml.safe_load((ROOT / "recipes" / "ablations" / "changes.yaml").read_text())
+    done = json.loads((RESULTS / "ablations.json").read_text())
+    assert listed.split(", ") == [name for name in changes if name not in done]
 
 
 @pytest.mark.parametrize(
