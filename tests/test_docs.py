@@ -105,6 +105,11 @@ def test_files_in_commands_exist_or_are_made_by_a_run(words):
     assert all(path.startswith("runs/") for path in missing), missing
 
 
+def test_no_command_calibrates_what_is_shipped():
+    folders = [words[2] for words in COMMANDS if words[:2] == ["cachefold", "calibrate"]]
+    assert folders and not [folder for folder in folders if folder.startswith("artefacts/")]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_linked_files_exist(page):
     links = re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8"))
