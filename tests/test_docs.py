@@ -17,7 +17,9 @@ import yaml
 
 import ablations
 from cachefold.cli import app
+from cachefold.cli.reproduce import _ratios
 from cachefold.evaluation.report import markdown, read
+from cachefold.retrofit.config import load_recipe
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -104,6 +106,24 @@ def test_files_in_commands_exist_or_are_made_by_a_run(words):
         named += [f"artefacts/{words[2]}"] if "--shipped" in words else []
     missing = [path for path in named if not (ROOT / path).exists()]
     assert all(path.startswith("runs/") for path in missing), missing
+
+
+REPRODUCED = [w for w in COMMANDS if w[:2] == ["cachefold", "reproduce"] and "--cr" in w]
+
+
+@pytest.mark.parametrize("words", REPRODUCED, ids=" ".join)
+def test_recipes_serve_the_ratios_that_reproduce_is_asked_for(words):
+    parser = typer.main.get_command(app).get_command(None, "reproduce")
+    asked = parser.make_context("reproduce", words[2:]).params
+    recipe = ROOT / "recipes" / f"{asked['name']}.yaml"
+    if asked["name"] == "NAME":
+        pytest.skip("any recipe")
+    _ratios(asked["cr"], load_recipe(recipe, asked["overrides"] or []))
+
+
+def test_no_command_calibrates_what_is_shipped():
+    folders = [words[2] for words in COMMANDS if words[:2] == ["cachefold", "calibrate"]]
+    assert folders and not [folder for folder in folders if folder.startswith("artefacts/")]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

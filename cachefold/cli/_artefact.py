@@ -34,27 +34,24 @@ def find(path: Path) -> Path:
 
 
 def load_artefact(
-    folder: Path, dtype: str = "bfloat16", cr: float | None = None, merge: bool = False
-) -> Loaded:
+    folder: Path, dtype: str = "bfloat16", cr: float | None = None, preset: str | None = None,
+    merge: bool = False,
+) -> Loaded:  # fmt: skip
     """Loads an artefact and its base model (zoo name, folder or hub id), on CUDA when there.
 
     Args:
         folder: of the artefact.
         dtype: of the base model.
         cr: ratio to set a dial to; None = as it is.
+        preset: kind of text a dial was calibrated for; None = `bulk`.
         merge: add the adapters into the weights, where nothing is compared with the dense model.
 
     Raises:
-        ValueError: no artefact, unknown dtype, or the base model can't be loaded.
+        ValueError: no artefact, unknown dtype, a ratio or preset that the model doesn't serve, or
+            the base model can't be loaded.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
     folder = find(folder)
-    if not (folder / "cachefold.json").is_file():  # before the slow imports
-        raise ValueError(
-            f"{folder} is no cachefold artefact: cachefold.json is missing. `cachefold ls "
-            "artefacts` shows those nearby; `cachefold retrofit` makes one (RUN/final)"
-        )
+    _check_words(folder, dtype)  # before the slow imports
     import torch
     from transformers.utils import logging
 
@@ -66,12 +63,22 @@ def load_artefact(
     logging.disable_progress_bar()
     base, tokenizer = load_base(str(config["base"]["id"]), getattr(torch, dtype))
     _check_revision(config, base)
-    model: Any = load_folded(folder, base, cr=cr)
+    model: Any = load_folded(folder, base, cr=cr, preset=preset)
     if torch.cuda.is_available():
         model.to("cuda")
     if merge:
         merge_weights(model)
     return Loaded(model, tokenizer, config)
+
+
+def _check_words(folder: Path, dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+    if not (folder / "cachefold.json").is_file():
+        raise ValueError(
+            f"{folder} is no cachefold artefact: cachefold.json is missing. `cachefold ls "
+            "artefacts` shows those nearby; `cachefold retrofit` makes one (RUN/final)"
+        )
 
 
 def _check_revision(config: dict[str, Any], base: PreTrainedModel) -> None:

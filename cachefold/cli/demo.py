@@ -28,6 +28,10 @@ def run(
     document: Annotated[str, typer.Option(help="File in it to continue.")] = "textbook.jsonl.gz",
     pieces: Annotated[int, typer.Option(min=1, help="Pieces to measure per file.")] = 2,
     piece_tokens: Annotated[int, typer.Option(min=2, help="Tokens of a piece.")] = 1024,
+    cr: Annotated[float | None, typer.Option(help="Ratio of an artefact with a dial.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Kind of text its dial was calibrated for: chat, code, bulk.")
+    ] = None,
 ) -> None:
     """Continue a real document with a folded cache and measure what folding costs."""
     data = find(data)
@@ -37,7 +41,7 @@ def run(
         raise ValueError(f"--document {document} is not in --data {data}; there: {names}")
     from cachefold.cli._artefact import load_artefact
 
-    loaded = load_artefact(artefact)
+    loaded = load_artefact(artefact, cr=cr, preset=preset)
     cache = _continue(loaded, data / document, tokens)
     summary = {**_facts(loaded, cache), **_losses(loaded, files, pieces, piece_tokens)}
     out.mkdir(parents=True, exist_ok=True)
@@ -76,7 +80,7 @@ def _facts(loaded: Loaded, cache: FoldedCache) -> dict[str, Any]:
     entries = cache.entries()
     return {
         "model": loaded.config["base"]["id"],
-        "target_cr": loaded.config["policy"]["cr"],
+        "target_cr": loaded.model.config.cachefold["cr"],
         "cr": cache.compression_ratio(),
         "tokens_seen": cache.get_seq_length() * sum(entry.numel() for entry in entries),
         "entries_kept": sum(int(entry.sum()) for entry in entries),

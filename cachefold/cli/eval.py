@@ -34,7 +34,7 @@ def run(
         ),
     ] = AGAINST,
     cr: Annotated[
-        str, typer.Option(help="Tokens / entries of policies by name, such as 2,4,8.")
+        str, typer.Option(help="Tokens / entries of policies by name and of dials, such as 2,4,8.")
     ] = CR,
     codec: Annotated[
         str, typer.Option(help="For methods that name none: `none`, int4, int4,int2 ...")
@@ -85,13 +85,16 @@ def _compare(model: str, settings: EvalSettings, asked: dict[str, str]) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     hub_logging.disable_progress_bar()
     torch.set_flush_denormal(True)
-    base, methods = _methods(model, asked)
+    base, methods, notes = _methods(model, asked)
     comparison = Comparison(
         _with_model(settings, base), methods, _names(asked["tasks"]),
         files=_files(Path(asked["data"])), out=Path(asked["out"]),
         facts={"command": command_of(model, settings, asked), "environment": environment()},
         progress=lambda line: print(line, file=sys.stderr, flush=True),
     )  # fmt: skip
+    comparison.report["notes"] += notes
+    for note in notes:
+        comparison.progress(note)
     try:
         complete = comparison.run()
     finally:
@@ -100,9 +103,15 @@ def _compare(model: str, settings: EvalSettings, asked: dict[str, str]) -> None:
         raise typer.Exit(1)
 
 
-def _methods(model: str, asked: dict[str, str]) -> tuple[str, list[Method]]:
-    """The base model, and the methods that were named."""
-    from cachefold.evaluation.naming import Naming, codecs_of, is_artefact, parse_methods
+def _methods(model: str, asked: dict[str, str]) -> tuple[str, list[Method], list[str]]:
+    """The base model, the methods that were named, and what to know of their ratios."""
+    from cachefold.evaluation.naming import (
+        Naming,
+        codecs_of,
+        is_artefact,
+        of_one_ratio,
+        parse_methods,
+    )
     from cachefold.models.hub import read_config
 
     words = _names(asked["against"])
@@ -117,7 +126,10 @@ def _methods(model: str, asked: dict[str, str]) -> tuple[str, list[Method]]:
         codecs=codecs_of(_names(asked["codec"])),
         folders=(find(Path("artefacts")), Path("runs")),
     )
-    return base, parse_methods(words, naming)
+    methods = parse_methods(words, naming)
+    # The usual ratio is there for policies by name; nobody need have asked for it.
+    notes = of_one_ratio(words, methods, naming.crs, strict=asked["cr"] != CR)
+    return base, methods, notes
 
 
 def _with_model(settings: EvalSettings, base: str) -> EvalSettings:

@@ -25,11 +25,14 @@ def run(
     artefact: Annotated[Path, typer.Option(help="Folder that a retrofit wrote.")] = SHIPPED,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     cr: Annotated[float | None, typer.Option(help="Ratio of an artefact with a dial.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Kind of text its dial was calibrated for: chat, code, bulk.")
+    ] = None,
 ) -> None:
     """Show what one head decides for every token of a text."""
     from cachefold.cli._artefact import load_artefact
 
-    loaded = load_artefact(artefact, dtype, cr)
+    loaded = load_artefact(artefact, dtype, cr, preset)
     import torch
 
     from cachefold.models.fold import FoldRun, folded_layers

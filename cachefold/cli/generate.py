@@ -40,13 +40,13 @@ def run(
     text = _read_prompt(prompt, prompt_file)
     from cachefold.cli._artefact import load_artefact
 
-    loaded = load_artefact(artefact, dtype, cr, merge=True)
+    loaded = load_artefact(artefact, dtype, cr, preset, merge=True)
     import torch
 
     from cachefold.models.fold import new_cache
 
     torch.manual_seed(seed)
-    cache = new_cache(loaded.model, preset=preset)
+    cache = new_cache(loaded.model)
     _stream(loaded, cache, _encode(loaded, text, chat), max_new_tokens, temperature)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -80,15 +82,27 @@ def _artefacts() -> Iterable[tuple[str, str]]:
     for path in sorted([*found, *Path("runs").glob("*/final/cachefold.json")]):
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
-            policy, cr = config["policy"], config.get("cr")
-            measured = f", measured {cr:.2f}" if cr else ""
-            about = f"{config['base']['id']}, {policy['name']} cr {policy.get('cr')}{measured}"
+            about = _about_artefact(config)
         except (ValueError, KeyError, TypeError) as error:
             about = f"can't be read: {error}"
         yield str(path.parent), about
 
 
+def _about_artefact(config: dict[str, Any]) -> str:
+    policy, cr = config["policy"], config.get("cr")
+    most, ratio = policy.get("max_cr"), policy.get("cr")
+    served = f"cr {ratio}" if most is None else f"dial 1 to {most:g}, set to {ratio:g}"
+    measured = f", measured {cr:.2f}" if cr else ""
+    return f"{config['base']['id']}, {policy['name']} {served}{measured}"
+
+
 def _recipes() -> Iterable[tuple[str, str]]:
     for path in sorted(Path("recipes").glob("*.yaml")):
-        first = path.read_text(encoding="utf-8").split("\n", 1)[0]
-        yield str(path), first.removeprefix("#").strip() if first.startswith("#") else ""
+        yield str(path), _first_sentence(path.read_text(encoding="utf-8"))
+
+
+def _first_sentence(recipe: str) -> str:
+    """Of the comment that a recipe begins with, which goes over several lines."""
+    comment = itertools.takewhile(lambda line: line.startswith("#"), recipe.splitlines())
+    text = " ".join(line.strip("# ") for line in comment)
+    return re.split(r"(?<=\.)\s", text, maxsplit=1)[0].strip()

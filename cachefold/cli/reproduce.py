@@ -97,7 +97,10 @@ def _check_shipped(artefact: Path, out: Path) -> None:
 
 
 def _ratios(words: str, config: RetrofitConfig) -> list[float | None]:
-    """Ratios to measure, checked now and not after hours of training."""
+    """Ratios of a dial to measure, checked now and not after hours of training.
+
+    None where the artefact's own is meant, which what has no dial may be asked for too.
+    """
     from cachefold.evaluation.naming import check_ratio
     from cachefold.models.dial import has_dial
 
@@ -106,7 +109,12 @@ def _ratios(words: str, config: RetrofitConfig) -> list[float | None]:
     ]
     policy: Any = config.build_policy()
     if ratios and not has_dial(policy):
-        raise ValueError("--cr turns a dial, and this recipe makes none: leave it out")
+        if set(ratios) == {policy.cr}:
+            return []
+        raise ValueError(
+            f"--cr {words} turns a dial, and this recipe makes a model for one ratio, "
+            f"{policy.cr:g}: leave --cr out"
+        )
     if any(ratio is not None and ratio > policy.max_cr for ratio in ratios):
         raise ValueError(f"this dial serves ratios from 1 to {policy.max_cr:g}; got --cr {words}")
     return ratios
@@ -134,19 +142,63 @@ def _train(config: RetrofitConfig) -> Path:
 def _measure(
     folder: Path, ratios: list[float | None], pieces: int, tokens: int, place: Path
 ) -> list[dict[str, Any]]:
-    """Measures each ratio; what is done is written, should a later one fail."""
+    """Measures each ratio; what is done is written, should a later one fail.
+
+    Tables that the artefact has of other ratios and sizes stay.
+    """
     from cachefold.evaluation.heldout import measure_artefact
+    from cachefold.evaluation.report import replace as write
     from cachefold.retrofit.card import HELDOUT
 
+    path, made_of = place / HELDOUT, _identity(folder)
+    known = _kept(path, made_of, beside=place == folder)
     place.mkdir(parents=True, exist_ok=True)
-    tables: list[dict[str, Any]] = []
+    new: list[dict[str, Any]] = []
     for ratio in ratios or [None]:
-        tables.append(
-            measure_artefact(folder, cr=ratio, pieces=pieces, tokens=tokens, progress=print)
+        table = measure_artefact(folder, cr=ratio, pieces=pieces, tokens=tokens, progress=print)
+        new.append(table | {"artefact": made_of})
+        known[_size(table)] = new[-1]
+        tables = [known[size] for size in sorted(known)]
+        write(path, json.dumps(tables, indent=2) + "\n")
+    print(f"written: {path}")
+    return new
+
+
+def _identity(folder: Path) -> str:
+    """Tells an artefact from every other, and from itself with other weights or a new preset."""
+    from cachefold.evaluation.methods import digest
+    from cachefold.models.hub import CONFIG, WEIGHTS
+
+    try:
+        return "-".join(digest(folder / name) for name in (WEIGHTS, CONFIG))
+    except OSError as error:
+        raise ValueError(f"{folder} is no artefact that can be measured: {error}") from error
+
+
+def _kept(path: Path, made_of: str, beside: bool) -> dict[tuple[float, int, int], dict[str, Any]]:
+    """Tables that are there already, by ratio and size.
+
+    Those that don't say what they were made of belong to the weights they lie beside.
+    """
+    if not path.exists():
+        return {}
+    try:
+        known = {_size(table): table for table in json.loads(path.read_text(encoding="utf-8"))}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} can't be read ({error!r}): move it away") from error
+    unknown = made_of if beside else None
+    if any(table.get("artefact", unknown) != made_of for table in known.values()):
+        raise ValueError(
+            f"{path} has tables of another artefact, or of this one before its weights or its "
+            "calibration changed: move it away"
+            + ("" if beside else ", or name another folder with --out")
         )
-        (place / HELDOUT).write_text(json.dumps(tables, indent=2) + "\n", encoding="utf-8")
-    print(f"written: {place / HELDOUT}")
-    return tables
+    return known
+
+
+def _size(table: dict[str, Any]) -> tuple[float, int, int]:
+    """What tells the tables of one artefact apart."""
+    return table["cr"], table["pieces"], table["tokens"]
 
 
 def _compare(shipped: Path, tables: list[dict[str, Any]]) -> None:
@@ -155,9 +207,9 @@ def _compare(shipped: Path, tables: list[dict[str, Any]]) -> None:
 
     path = shipped / HELDOUT
     recorded = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    known = {(old["cr"], old["pieces"], old["tokens"]): old for old in recorded}
+    known = {_size(old): old for old in recorded}
     for new in tables:
-        old = known.get((new["cr"], new["pieces"], new["tokens"]))
+        old = known.get(_size(new))
         if old is None:
             sizes = [f"cr {cr:g} with --pieces {p} --tokens {t}" for cr, p, t in known]
             print(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,40 @@ def parse_methods(words: Iterable[str], naming: Naming) -> list[Method]:
             "another name"
         )
     return list(unique.values())
+
+
+def of_one_ratio(
+    words: Iterable[str], methods: Sequence[Method], crs: tuple[float, ...], *, strict: bool
+) -> list[str]:
+    """Tells which folders among the words have one ratio, where others were asked for.
+
+    Args:
+        words: as `parse_methods` took them.
+        methods: as it gave them.
+        crs: ratios asked for.
+        strict: refuse such a folder where nothing is measured at any of the ratios.
+
+    Returns:
+        A sentence for each.
+
+    Raises:
+        ValueError: `strict`, and nothing is measured at any of the ratios.
+    """
+    folders = {Path(_split(word)[0]).resolve() for word in words}
+    told: dict[str, None] = {}
+    for method in methods:
+        place = method.artefact and method.artefact.resolve()
+        others = ", ".join(f"{cr:g}" for cr in crs if cr != method.cr)
+        if place not in folders or method.dial or method.cr is None or not others:
+            continue
+        if strict and not any(one.cr in crs for one in methods):
+            raise ValueError(
+                f"{method.artefact} has one ratio, {method.cr:g}, and nothing named takes --cr "
+                f"{others}: leave --cr out, or name a policy or a dial with --against too"
+            )
+        name = name_of(place)
+        told[f"{name} has one ratio and is measured at {method.cr:g} only, not at {others}."] = None
+    return list(told)
 
 
 def is_artefact(folder: str | Path) -> bool:

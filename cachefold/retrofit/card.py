@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,16 @@ CARD = "README.md"
 CURVE = "retrofit.png"
 HELDOUT = "heldout.json"
 """Tables of `cachefold reproduce`."""
+TOKENS = 1024
+"""Of a piece, where `cachefold reproduce` is told nothing else."""
 
 
 def card(folder: Path, name: str) -> str:
     """Markdown of the model card of an artefact, from the files beside it.
 
     Args:
-        folder: of the artefact; `heldout.json` (of `cachefold reproduce`) and `retrofit.png` are
-            shown where they are there.
+        folder: of the artefact, as commands are to name it; `heldout.json` (of `cachefold
+            reproduce`) and `retrofit.png` are shown where they are there.
         name: of the artefact.
 
     Raises:
@@ -34,11 +38,13 @@ def card(folder: Path, name: str) -> str:
     config = read_config(folder)
     recipe = _read(folder / RECIPE, yaml.safe_load)
     log = read_log(folder)
+    shipped = _shipped(folder)
+    place = folder if shipped is None else Path("artefacts") / shipped
     parts = [
         _head(name, config),
-        _facts(config, recipe, log),
-        _use(name, config),
-        _tables(folder / HELDOUT, name),
+        _facts(config, recipe, log) + f"\n| command | {_command(place, shipped)} |",
+        _use(place, config),
+        _tables(folder / HELDOUT, shipped),
         f"## Training\n\n![ratio and divergence over the run]({CURVE})"
         if (folder / CURVE).is_file()
         else "",
@@ -65,6 +71,15 @@ def hours(log: list[dict[str, Any]], tokens: int) -> float:
         seconds += (row["step"] - before) * per_step / row["tokens_per_second"]
         before = row["step"]
     return seconds / 3600
+
+
+def _shipped(folder: Path) -> str | None:
+    """Name by which `cachefold reproduce --shipped` finds an artefact; None = by none."""
+    path = folder.resolve()
+    repository = path.parents[1] if path.parent.name == "artefacts" else None
+    if repository is None or not (repository / "recipes" / f"{path.name}.yaml").is_file():
+        return None
+    return path.name
 
 
 def _head(name: str, config: dict[str, Any]) -> str:
@@ -105,8 +120,6 @@ def _facts(config: dict[str, Any], recipe: dict[str, Any], log: list[dict[str, A
         "tokens": f"{config['tokens']:,} in sequences of {config['seq_len']}, seed {train['seed']}",
         "time": f"{hours(log, config['tokens']):.1f} hours",
         "data": source,
-        "command": f"`cachefold retrofit {RECIPE}`, the one in this folder, from a clone of the "
-        "repository",
     }
     return "\n".join(["| | |", "| --- | --- |", *(f"| {k} | {v} |" for k, v in facts.items())])
 
@@ -115,25 +128,41 @@ def _asked(policy: dict[str, Any]) -> str:
     return f", where {policy['cr']:g} was asked for" if policy.get("cr") else ""
 
 
-def _use(name: str, config: dict[str, Any]) -> str:
+def _command(place: Path, shipped: str | None) -> str:
+    command = f"cachefold retrofit {shlex.quote((place / RECIPE).as_posix())}"
+    if shipped is not None:
+        return f"`{command}`, from a clone of the repository"
+    return f"`{command} output_dir=ANOTHER`, from the folder that its paths start in"
+
+
+def _use(place: Path, config: dict[str, Any]) -> str:
     more = ", cr=4" if config["policy"].get("max_cr") else ""
     return (
         "## Use\n\n```python\nimport cachefold\nfrom cachefold.zoo import load_base\n\n"
         f'model, tokenizer = load_base("{config["base"]["id"]}")\n'
-        f'cachefold.load_folded("artefacts/{name}", model{more})  # this folder\n```'
+        f'cachefold.load_folded("{place.as_posix()}", model{more})  # this folder\n```'
     )
 
 
-def _tables(path: Path, name: str) -> str:
+def _tables(path: Path, shipped: str | None) -> str:
+    """The tables in a file, those of one size together."""
     if not path.is_file():
         return ""
+    tables = sorted(_read(path, json.loads), key=_size)
+    groups = [list(group) for _, group in itertools.groupby(tables, key=_size)]
+    return "\n\n".join(["## Measured", *(_table(group, shipped) for group in groups)])
+
+
+def _size(table: dict[str, Any]) -> tuple[int, int, str]:
+    return table["tokens"], table["pieces"], table["dtype"]
+
+
+def _table(tables: list[dict[str, Any]], shipped: str | None) -> str:
+    """Those of one size, ratio by ratio, and how they were made."""
     lines = [
-        "## Measured",
-        "",
         "| cr asked | file | dense | folded | increase (se) | cr |",
         "| ---: | --- | ---: | ---: | ---: | ---: |",
     ]
-    tables = _read(path, json.loads)
     for table in tables:
         asked = f"{table['cr']:g}"
         lines += [
@@ -142,16 +171,16 @@ def _tables(path: Path, name: str) -> str:
             for row in table["files"]
         ]
         lines.append(f"| {asked} | **mean** | | | **{table['mean_increase']:+.4f}** | |")
-    first = tables[0]
-    ratios = ",".join(f"{table['cr']:g}" for table in tables)
-    lines += [
-        "",
-        f"Loss in nats/token on held-out text, at most {first['pieces']} pieces of "
-        f"{first['tokens']} tokens of each file, {first['dtype']}, one training seed; standard "
-        f"error over pieces. Made by `cachefold reproduce {name} --shipped --cr {ratios} --pieces "
-        f"{first['pieces']}`.",
-    ]
-    return "\n".join(lines)
+    tokens, pieces, dtype = _size(tables[0])
+    made = (
+        f"Loss in nats/token on held-out text, at most {pieces} pieces of {tokens} tokens of each "
+        f"file, {dtype}, one training seed; standard error over pieces."
+    )
+    if shipped is not None:
+        ratios = ",".join(f"{table['cr']:g}" for table in tables)
+        size = f"--pieces {pieces}" + ("" if tokens == TOKENS else f" --tokens {tokens}")
+        made += f" Made by `cachefold reproduce {shipped} --shipped --cr {ratios} {size}`."
+    return "\n".join([*lines, "", made])
 
 
 def _read(path: Path, parse: Any) -> Any:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from cachefold.models.fold import fold
-from cachefold.models.hub import read_config, save_folded
+from cachefold.models.hub import read_config, save_folded, update_config
 from cachefold.policies import DMC
 from tests.cli.conftest import Run
 from tests.models.tiny import scramble_decisions, tiny_model
@@ -61,3 +62,29 @@ def test_generate_and_explain_take_a_ratio(cli: Run, folder: Path, dial: Path) -
     assert "unknown preset 'codes'" in result.stderr
     result = cli("generate", "--prompt", prompt, "--artefact", folder / "artefact", "--cr", 4)
     assert "this model has none" in result.stderr
+
+
+def test_explain_and_demo_take_a_preset_and_demo_a_ratio(
+    cli: Run, folder: Path, dial: Path, tmp_path: Path
+) -> None:
+    # At 2 the preset stands where nothing merges, and nominally half of all tokens do.
+    update_config(dial, {"dial": {"code": [[2.0, -1e3], [8.0, 1e3]]}})
+    prompt = " ".join(["w1 w2 w3"] * 20)
+    merged = [
+        "merge" in cli("explain", prompt, "--artefact", dial, *preset).output.split("\n\n")[0]
+        for preset in ((), ("--preset", "code"))
+    ]
+    assert merged == [True, False]
+    options = ("--data", folder / "data", "--document", "one.jsonl", "--piece-tokens", 64)
+    demo = ("demo", "--artefact", dial, "--tokens", 100, *options, "--out", tmp_path / "out")
+    reached = []
+    for dialled in (("--cr", 1), ("--cr", 8), ("--cr", 2, "--preset", "code")):
+        result = cli(*demo, *dialled)
+        assert result.exit_code == 0, result.output
+        summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+        assert summary["target_cr"] == dialled[1]
+        reached.append((summary["cr"], summary["files"][0]["cr"]))
+    assert reached[0] == reached[2] == (1, 1) and min(reached[1]) > 1.5
+    for verb in (("explain", prompt), demo):
+        refused = cli(*verb, "--artefact", dial, "--preset", "codes")
+        assert "unknown preset 'codes'" in refused.stderr

@@ -12,6 +12,8 @@ import torch
 from cachefold.cli import eval as module
 from tests.cli.conftest import Run
 
+SINGLE = Path(__file__).parents[2] / "artefacts" / "smollm2-135m-cr2"
+
 
 @pytest.fixture(autouse=True)
 def denormals() -> object:
@@ -42,6 +44,8 @@ def test_table_files_and_resume(cli: Run, folder: Path, tmp_path: Path) -> None:
     assert result.stdout.strip() == (out / "eval.md").read_text().strip()
     assert "| tova-cr4 |" in result.stdout and "tova-cr4: loss " in result.stderr
     assert f"report written to {out}" in result.stderr
+    note = "artefact has one ratio and is measured at 2 only, not at 4."
+    assert result.stderr.startswith(note) and f"\n{note}\n" in result.stdout
     assert cli(*args).stdout == result.stdout
     refused = cli(*args, "--limit", 3)
     assert refused.exit_code == 2 and "limit None there, 3 now" in refused.stderr
@@ -101,6 +105,8 @@ def test_an_artefact_by_its_policy(cli: Run, folder: Path, tmp_path: Path, monke
         (["--batch-size", "many"], "--batch-size takes numbers"),
         (["--data", "/nowhere"], "has no file of held-out text"),
         (["--against", "dms", "--cr", "32"], "cachefold retrofit"),
+        ([str(SINGLE), "--cr", "4"], "has one ratio, 2, and nothing named takes --cr 4"),
+        (["--against", f"{SINGLE},full+int4", "--cr", "4"], "has one ratio, 2, and nothing"),
     ],
 )
 def test_bad_input_teaches(cli: Run, tmp_path: Path, monkeypatch, args, message: str) -> None:
@@ -111,6 +117,10 @@ def test_bad_input_teaches(cli: Run, tmp_path: Path, monkeypatch, args, message:
     result = cli("eval", "--out", tmp_path, *args)
     assert result.exit_code == 2 and message in result.stderr, result.output
     assert result.stderr.count("\n") == 1 and not result.stdout and not list(tmp_path.iterdir())
+
+
+def test_the_help_says_that_dials_take_ratios(cli: Run) -> None:
+    assert "policies by name and of dials" in " ".join(cli("eval", "--help").stdout.split())
 
 
 def test_an_unknown_model_teaches(cli: Run, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         for pieces, increase in ((1, 0.1234), (12, 0.5678))
     ]  # fmt: skip
     (tmp_path / "artefacts" / "tiny" / "heldout.json").write_text(json.dumps(recorded))
+    for name in ("cachefold.json", "cachefold.safetensors"):  # where nothing loads them
+        (tmp_path / "artefacts" / "tiny" / name).write_text("{}")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -50,6 +53,8 @@ def test_it_trains_measures_and_compares(cli: Run, place: Path) -> None:
     again = cli("reproduce", "tiny", *SIZE)  # trained already: only measured
     assert again.exit_code == 0, again.output
     assert (folder / "final" / "cachefold.json").stat().st_mtime_ns == before
+    tables = json.loads((folder / "final" / "heldout.json").read_text())
+    assert [table["cr"] for table in tables] == [2.0, 3.0]  # that of 2 anew, that of 3 stays
     (folder / "final").rename(place / "artefacts" / "weights")
     for file in (place / "artefacts" / "weights").iterdir():
         file.rename(place / "artefacts" / "tiny" / file.name)
@@ -74,8 +79,7 @@ def test_machines_are_named_where_they_differ(
 
 
 def test_a_recipe_whose_weights_are_not_shipped(cli: Run, place: Path) -> None:
-    (place / "artefacts" / "tiny" / "heldout.json").unlink()
-    (place / "artefacts" / "tiny").rmdir()
+    shutil.rmtree(place / "artefacts" / "tiny")
     assert "its weights are not shipped" in cli("reproduce", "tiny", "--shipped").stderr
     result = cli("reproduce", "tiny", *SIZE)
     assert result.exit_code == 0, result.output
@@ -105,8 +109,9 @@ def test_mistakes_are_told_before_anything_is_done(cli: Run, place: Path) -> Non
     folder = cli("reproduce", "tiny", "output_dir=runs/y", "--out", "runs/x").stderr
     assert "leave output_dir out" in folder
     assert "from 1 to 4; got --cr 2,5" in cli("reproduce", "tiny", "--cr", "2,5").stderr
-    single = cli("reproduce", "tiny", "policy.max_cr=null", "--cr", "2", "--out", "runs/x").stderr
-    assert "makes none: leave it out" in single
+    single = ("policy.max_cr=null", "--out", "runs/x", "--cr")
+    for words in ("3", "2,3"):
+        assert "one ratio, 2: leave --cr out" in cli("reproduce", "tiny", *single, words).stderr
     (place / "taken").mkdir()
     (place / "taken" / "thesis.tex").touch()
     assert "something else than a run" in cli("reproduce", "tiny", "--out", "taken").stderr
@@ -121,22 +126,83 @@ def test_weights_that_diverge_are_told_without_a_trace(cli: Run, place: Path) ->
     assert result.exit_code == 1 and "start again" in result.stderr, result.output
 
 
-def test_a_table_is_kept_when_a_later_ratio_fails(
-    cli: Run, place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[float | None]:
+    """Ratios that were asked for of a measurement without a model; one of 3 is interrupted."""
     from cachefold.evaluation import heldout
 
-    def measure(folder: Path, *, cr: float, **options: object) -> dict[str, object]:
+    asked: list[float | None] = []
+
+    def measure(
+        folder: Path, *, cr: float | None, pieces: int, tokens: int, progress: object
+    ) -> dict[str, object]:
         if cr == 3:
             raise KeyboardInterrupt
-        return {
-            "cr": cr, "pieces": 1, "tokens": 48, "mean_increase": 0.5, "machine": "this",
-        }  # fmt: skip
+        asked.append(cr)
+        size = {"cr": cr or 2.0, "pieces": pieces, "tokens": tokens}
+        return size | {"mean_increase": 0.5, "machine": "this"}
 
     monkeypatch.setattr(heldout, "measure_artefact", measure)
+    return asked
+
+
+def sizes(path: Path) -> list[tuple[float, int]]:
+    return [(table["cr"], table["pieces"]) for table in json.loads(path.read_text())]
+
+
+def test_a_table_is_kept_when_a_later_ratio_fails(cli: Run, place: Path, measured: object) -> None:
     assert cli("reproduce", "tiny", "--shipped", "--cr", "2,3", *SIZE).exit_code != 0
-    written = (place / "runs" / "reproduce" / "tiny-shipped" / "heldout.json").read_text()
-    assert [table["cr"] for table in json.loads(written)] == [2]
+    assert sizes(place / "runs" / "reproduce" / "tiny-shipped" / "heldout.json") == [(2, 1)]
+
+
+def test_tables_of_other_ratios_and_sizes_stay(cli: Run, place: Path, measured: object) -> None:
+    path = place / "runs" / "reproduce" / "tiny-shipped" / "heldout.json"
+    for options in (["--cr", "4,2"], ["--cr", "2", "--pieces", 2], ["--cr", "1,3"], ["--cr", "2"]):
+        cli("reproduce", "tiny", "--shipped", *SIZE, *options)
+    assert sizes(path) == [(1, 1), (2, 1), (2, 2), (4, 1)]
+    path.write_text("[")
+    broken = cli("reproduce", "tiny", "--shipped", *SIZE)
+    assert broken.exit_code == 2 and "can't be read" in broken.stderr and "move it" in broken.stderr
+
+
+def test_tables_of_two_artefacts_never_come_together(
+    cli: Run, place: Path, measured: list[float | None]
+) -> None:
+    shutil.copy(place / "recipes" / "tiny.yaml", place / "recipes" / "other.yaml")
+    shutil.copytree(place / "artefacts" / "tiny", place / "artefacts" / "other")
+    (place / "artefacts" / "other" / "cachefold.safetensors").write_text("others")
+    options = ("--shipped", *SIZE, "--out", "checked")
+    assert cli("reproduce", "tiny", *options).exit_code == 0
+    there = (place / "checked" / "heldout.json").read_text()
+    refused = cli("reproduce", "other", *options, "--cr", 4)
+    assert refused.exit_code == 2 and "name another folder with --out" in refused.stderr
+    (place / "artefacts" / "tiny" / "cachefold.json").write_text('{"dial": {}}')  # calibrated
+    assert "calibration changed" in cli("reproduce", "tiny", *options).stderr
+    assert (place / "checked" / "heldout.json").read_text() == there and measured == [None]
+    (place / "artefacts" / "tiny" / "cachefold.safetensors").unlink()
+    assert "no artefact that can be measured" in cli("reproduce", "tiny", "--shipped").stderr
+
+
+def test_a_table_that_names_no_artefact_belongs_to_what_it_lies_beside(place: Path) -> None:
+    from cachefold.cli.reproduce import _kept
+
+    path = place / "artefacts" / "tiny" / "heldout.json"
+    assert len(_kept(path, "now", beside=True)) == 2
+    with pytest.raises(ValueError, match="tables of another artefact"):
+        _kept(path, "now", beside=False)
+
+
+def test_a_single_ratio_may_be_asked_for_by_its_number(
+    cli: Run, place: Path, measured: list[float | None]
+) -> None:
+    path = place / "recipes" / "tiny.yaml"
+    values = yaml.safe_load(path.read_text())
+    del values["policy"]["max_cr"]
+    path.write_text(yaml.safe_dump(values))
+    for words in ("2", "2.0,2"):  # cards print the ratio that their table has
+        result = cli("reproduce", "tiny", "--shipped", "--cr", words, *SIZE)
+        assert result.exit_code == 0, result.output
+    assert measured == [None, None]  # only a dial can be set to a ratio
 
 
 def test_an_unfinished_run_goes_on(cli: Run, place: Path) -> None:

@@ -130,16 +130,25 @@ def test_ls(cli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no recipes found" in cli("ls", "recipes").stdout
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes/a.yaml").write_text("# Half the cache.\nmodel: x\n")
-    assert cli("ls", "recipes").stdout == "recipes/a.yaml  Half the cache.\n"
+    (tmp_path / "recipes/b.yaml").write_text("# In 1.5 hours, as\n# before. Not\n# shipped.\n")
+    (tmp_path / "recipes/c.yaml").write_text("model: x\n# Not at the head.\n")
+    assert cli("ls", "recipes").stdout.splitlines() == [
+        "recipes/a.yaml  Half the cache.", "recipes/b.yaml  In 1.5 hours, as before.",
+        "recipes/c.yaml",
+    ]  # fmt: skip
     artefact = tmp_path / "runs/x/final"
     artefact.mkdir(parents=True)
     config = {"base": {"id": "b"}, "policy": {"name": "dmc", "cr": 2.0}, "cr": 2.0613}
     (artefact / "cachefold.json").write_text(json.dumps(config))
+    (artefact.parents[1] / "y").mkdir()
+    config = {"base": {"id": "b"}, "policy": {"name": "dmc", "cr": 4, "max_cr": 12}, "cr": 3.96}
+    (artefact.parents[1] / "y/cachefold.json").write_text(json.dumps(config))
     (tmp_path / "artefacts/bad").mkdir(parents=True)
     (tmp_path / "artefacts/bad/cachefold.json").write_text("{")
     lines = cli("ls", "artefacts").stdout.splitlines()
     assert "can't be read" in lines[0]
     assert lines[1] == "runs/x/final   b, dmc cr 2.0, measured 2.06"
+    assert lines[2] == "runs/y         b, dmc dial 1 to 12, set to 4, measured 3.96"
 
 
 def test_env(cli: Run) -> None:

@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 
 from cachefold.evaluation import naming as module
-from cachefold.evaluation.naming import Naming, codecs_of, is_artefact, parse_methods
+from cachefold.evaluation.naming import (
+    Naming,
+    codecs_of,
+    is_artefact,
+    of_one_ratio,
+    parse_methods,
+)
 
 SHIPPED = Path(__file__).parents[2] / "artefacts"
 
@@ -164,6 +170,27 @@ def test_artefacts_by_folder(tmp_path: Path) -> None:
         parse_methods([str(one), str(twin)], Naming(base="b"))
     with pytest.raises(ValueError, match="belongs to the base model b, not to c"):
         parse_methods([str(one)], Naming(base="c"))
+
+
+def test_a_folder_of_one_ratio_says_what_it_is_not_measured_at(tmp_path: Path) -> None:
+    two = artefact(tmp_path, "mine/final", cr=2)
+    dial = artefact(tmp_path, "dial", cr=4, max_cr=8)
+    pooled = artefact(tmp_path, "pooled", "gqa", kv_heads=1)
+
+    def told(words: str, *crs: float, strict: bool = True) -> list[str]:
+        naming = Naming(base="b", crs=crs, folders=(tmp_path,))
+        found = parse_methods(words.split(","), naming)
+        return of_one_ratio(words.split(","), found, crs, strict=strict)
+
+    line = "mine has one ratio and is measured at 2 only, not at {}."
+    assert told(f"{two},{two}+int4,tova", 2, 4, 8) == [line.format("4, 8")]
+    assert told(f"{two},{dial}", 4) == told(f"{two},tova-cr4", 4) == [line.format("4")]
+    assert told(f"{two}", 2, 4) == told(f"{two}", 4, strict=False) == [line.format("4")]
+    for silent in (f"{two},tova", f"{dial},dmc-cr2,{pooled},full+int4"):
+        assert told(silent, 2) == []
+    assert told("dmc-cr2,tova", 4) == []  # its name is the ratio it was asked for
+    with pytest.raises(ValueError, match="final has one ratio, 2, and nothing named takes --cr 4"):
+        told(f"{two},full+int4,{pooled}", 4)
 
 
 def test_a_missing_artefact_comes_with_its_command(tmp_path, monkeypatch) -> None:

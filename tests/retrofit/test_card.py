@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from cachefold.cli import app
 from cachefold.retrofit.card import CARD, CURVE, HELDOUT, card
 from cachefold.retrofit.checkpoint import RECIPE
+from cachefold.retrofit.config import load_recipe
 
 ARTEFACTS = Path(__file__).parents[2] / "artefacts"
 NAMES = sorted(path.parent.name for path in ARTEFACTS.glob("*/cachefold.json"))
@@ -31,6 +32,7 @@ def folder(tmp_path):
 def test_every_shipped_artefact_has_the_card_of_its_files(name):
     assert (ARTEFACTS / name / CARD).read_text() == card(ARTEFACTS / name, name)
     assert (ARTEFACTS / name / CURVE).is_file()
+    assert load_recipe(ARTEFACTS / name / RECIPE).steps  # the command in the card takes it
     recipe = yaml.safe_load((ARTEFACTS / name / RECIPE).read_text())
     assert not Path(recipe["output_dir"]).is_absolute()
 
@@ -47,6 +49,48 @@ def test_the_verb_writes_card_and_picture(folder):
 def test_without_a_table_the_card_claims_no_measurement(folder):
     (folder / HELDOUT).unlink()
     assert "Measured" not in card(folder, "mine")
+
+
+def test_the_card_of_an_own_run_names_what_is_there(folder, monkeypatch):
+    run = folder.parent / "runs" / "mine"
+    run.mkdir(parents=True)
+    folder.rename(run / "final")
+    monkeypatch.chdir(run.parents[1])
+    assert CliRunner().invoke(app, ["card", "runs/mine/final"]).exit_code == 0
+    text = Path("runs/mine/final", CARD).read_text()
+    assert "# mine\n" in text and 'load_folded("runs/mine/final", model)  # this folder' in text
+    assert "`cachefold retrofit runs/mine/final/recipe.yaml output_dir=ANOTHER`" in text
+    assert "artefacts/" not in text and "cachefold reproduce" not in text
+    assert "at most 12 pieces of 1024 tokens" in text
+
+
+def test_only_what_reproduce_finds_is_called_shipped(folder, monkeypatch):
+    place = folder.parent / "artefacts" / "mine"
+    place.parent.mkdir()
+    folder.rename(place)
+    monkeypatch.chdir(folder.parent)
+    assert "--shipped" not in card(Path("artefacts/mine"), "mine")
+    Path("recipes").mkdir()
+    Path("recipes/mine.yaml").touch()
+    text = card(place, "A Better Name")  # as it is found from a clone
+    assert "# A Better Name" in text and "`cachefold reproduce mine --shipped --cr 2" in text
+    assert '"artefacts/mine"' in text and "`cachefold retrofit artefacts/mine/recipe.yaml`" in text
+
+
+def test_every_table_has_its_own_size_and_command(folder):
+    [table] = json.loads((folder / HELDOUT).read_text())
+    others = [table | {"cr": 3, "pieces": 3}, table | {"tokens": 512}, table | {"cr": 4}]
+    (folder / HELDOUT).write_text(json.dumps([table, *others]))
+    place = folder.parent / "artefacts" / "mine"
+    (folder.parent / "recipes").mkdir()
+    (folder.parent / "recipes" / "mine.yaml").touch()
+    shutil.copytree(folder, place)
+    text = card(place, "mine")
+    made = [line.split("--shipped ")[1] for line in text.splitlines() if "--shipped" in line]
+    assert made == [
+        "--cr 2 --pieces 12 --tokens 512`.", "--cr 3 --pieces 3`.", "--cr 2,4 --pieces 12`.",
+    ]  # fmt: skip
+    assert text.count("at most 12 pieces of 512 tokens") == 1 and text.count("| cr asked |") == 3
 
 
 def test_a_missing_log_is_named_and_nothing_is_written(folder):
