@@ -112,6 +112,22 @@ def greedy_or_sample(model: PreTrainedModel, temperature: float) -> dict[str, An
     return {"do_sample": False}
 
 
+def short_note(cache: FoldedCache, policy: dict[str, Any]) -> str:
+    """Says why a short text has not reached the ratio asked for; empty if that is not why.
+
+    Args:
+        cache: of one sequence.
+        policy: options of the policy that filled it.
+    """
+    seen, asked, delay = cache.get_seq_length(), policy.get("cr"), policy.get("delay", 0)
+    if asked is None or cache.compression_ratio() > 0.9 * asked or seen > 10 * asked * delay:
+        return ""  # from there on the exact tokens are less than a tenth of what is kept
+    return (
+        f"note: the newest {delay} tokens stay exact, so that {seen:,} tokens are too few for the "
+        f"ratio of {asked:g} that was asked for"
+    )
+
+
 def cache_line(cache: FoldedCache) -> str:
     """Describes a cache of one sequence: tokens, entries per head, ratio, bytes."""
     seen, ratio = cache.get_seq_length(), cache.compression_ratio()
