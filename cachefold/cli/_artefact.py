@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("bfloat16", "float16", "float32")
 MEBI = 1024 * 1024
-SHIPPED = Path("artefacts/smollm2-135m-cr2")
+SHIPPED = Path("artefacts/smollm2-135m-dial-wide")
 REPOSITORY = Path(__file__).parents[2]
 
 
