@@ -195,6 +195,30 @@ def test_scores_in_the_text_are_those_of_their_files(name, page):
         assert re.search(rf"{value} \((standard error )?{score['error']:.3f}\)", text)
 
 
+def test_the_table_of_readme_has_the_figures_of_the_dial_and_of_cr8():
+    """Its dial has three rows at least; a file may have more tables."""
+    page = " ".join(README.read_text(encoding="utf-8").split())
+    rows = re.findall(r"\| (\d+) \| ([\d.]+ to [\d.]+) \| (\+[\d.]+) \|", page)
+    measured = {f"{one['cr']:g}": one for one in heldout("smollm2-135m-dial-wide")}
+    assert [cr for cr, *_ in rows][:3] == ["2", "4", "8"]
+    for cr, reached, increase in rows:
+        one = measured[cr]
+        assert reached == f"{one['least_cr']:.2f} to {one['most_cr']:.2f}"
+        assert increase == f"{one['mean_increase']:+.3f}"
+    (single,) = heldout("smollm2-135m-cr8")
+    reached = f"reached {single['least_cr']:.2f} to {single['most_cr']:.2f}"
+    assert f"better there: {single['mean_increase']:+.3f}, {reached}" in page
+    assert single["mean_increase"] < measured["8"]["mean_increase"]
+
+
+def heldout(artefact: str) -> list[dict[str, Any]]:
+    """Tables of loss on held-out text of what is shipped."""
+    found: list[dict[str, Any]] = json.loads(
+        (ROOT / "artefacts" / artefact / "heldout.json").read_text()
+    )
+    return found
+
+
 def cells(run: dict[str, Any]) -> str:
     """Pattern of the increase and of the ratios that were reached."""
     increase = re.escape(f"{run['increase']:+.3f}")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("bfloat16", "float16", "float32")
 MEBI = 1024 * 1024
-SHIPPED = Path("artefacts/smollm2-135m-cr2")
+SHIPPED = Path("artefacts/smollm2-135m-dial-wide")
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -117,6 +117,22 @@ def greedy_or_sample(model: PreTrainedModel, temperature: float) -> dict[str, An
     for name in ("temperature", "top_p", "top_k"):
         setattr(model.generation_config, name, None)
     return {"do_sample": False}
+
+
+def short_note(cache: FoldedCache, policy: dict[str, Any]) -> str:
+    """Says why a short text has not reached the ratio asked for; empty if that is not why.
+
+    Args:
+        cache: of one sequence.
+        policy: options of the policy that filled it.
+    """
+    seen, asked, delay = cache.get_seq_length(), policy.get("cr"), policy.get("delay", 0)
+    if asked is None or cache.compression_ratio() > 0.9 * asked or seen > 10 * asked * delay:
+        return ""  # from there on the exact tokens are less than a tenth of what is kept
+    return (
+        f"note: the newest {delay} tokens stay exact, so that {seen:,} tokens are too few for the "
+        f"ratio of {asked:g} that was asked for"
+    )
 
 
 def cache_line(cache: FoldedCache) -> str:

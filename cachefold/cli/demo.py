@@ -39,6 +39,7 @@ def run(
     if data / document not in files:
         names = ", ".join(file.name for file in files) or "no .jsonl or .jsonl.gz file"
         raise ValueError(f"--document {document} is not in --data {data}; there: {names}")
+    print(f"loading {artefact}", flush=True)
     from cachefold.cli._artefact import load_artefact
 
     loaded = load_artefact(artefact, cr=cr, preset=preset)
@@ -95,7 +96,9 @@ def _losses(loaded: Loaded, files: list[Path], pieces: int, tokens: int) -> dict
     from cachefold.evaluation.perplexity import heldout_loss
 
     base = None if loaded.config["lora_rank"] else load_base_of(loaded)
-    print(f"held-out loss in nats/token, {tokens:,}-token pieces:", flush=True)
+    asked = loaded.model.config.cachefold.get("cr")  # None = a budget of entries
+    at = "" if asked is None else f", cr {asked:g} asked for"
+    print(f"held-out loss in nats/token, {tokens:,}-token pieces{at}:", flush=True)
     results = []
     for file in files:
         [result] = heldout_loss(

@@ -85,7 +85,7 @@ def _stream(
     import torch
     from transformers import TextStreamer
 
-    from cachefold.cli._artefact import cache_line, greedy_or_sample
+    from cachefold.cli._artefact import cache_line, greedy_or_sample, short_note
 
     streamer = TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
     start = time.perf_counter()
@@ -96,6 +96,8 @@ def _stream(
     )  # fmt: skip
     rate = (output.shape[1] - ids.shape[1]) / (time.perf_counter() - start)
     print(f"{cache_line(cache)} | {rate:.{0 if rate >= 10 else 1}f} tok/s", flush=True)
+    if note := short_note(cache, loaded.model.config.cachefold):
+        print(note, file=sys.stderr)
 
 
 def _pad(loaded: Loaded) -> int:

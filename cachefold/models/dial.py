@@ -41,9 +41,15 @@ def check_dial(model: Any, cr: float | None, preset: str | None, dial: Dial | No
         return
     policy: Any = model._cachefold_policy
     if not has_dial(policy):
+        asked = " and ".join(
+            f"{name}={value}"
+            for name, value in (("cr", cr), ("preset", preset))
+            if value is not None
+        )
+        alone = "" if policy.cr is None else f"; it serves cr={policy.cr:g} alone"
         raise ValueError(
-            f"cr={cr} and preset={preset!r} turn a dial, and this model has none: its policy is "
-            f"{policy}. Leave them out, or load an artefact with a dial (policy.max_cr)"
+            f"{asked}: only a dial takes that, and this model has none{alone}. Leave it out, or "
+            "load an artefact with a dial (policy.max_cr)"
         )
     # A word, as a command line may bring it, can't be compared.
     if cr is not None and (isinstance(cr, str) or not 1 <= cr <= policy.max_cr):

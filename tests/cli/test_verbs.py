@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from pathlib import Path
 
 import pytest
 
-from cachefold.cli._artefact import load_artefact
+from cachefold.cli import demo, explain, generate
+from cachefold.cli._artefact import SHIPPED, load_artefact
 from cachefold.models.fold import new_cache
+from cachefold.models.hub import read_config
 from tests.cli.conftest import Run, words
 
+ROOT = Path(__file__).parents[2]
 FOOTER = re.compile(
     r"seen ([\d,]+) \| kept ([\d,]+) \| cr ([\d.]+) \| cache [\d.]+ MiB \(dense [\d.]+ MiB\)"
     r" \| [\d.]+ tok/s$"
@@ -68,6 +72,36 @@ def test_generate_refuses(cli: Run, folder: Path, args: list[str], message: str)
     assert result.exit_code == 2 and message in result.stderr
 
 
+def test_generate_without_an_artefact_takes_any_ratio(cli: Run, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text(words(500))
+    args = ("generate", "--prompt-file", tmp_path / "text", "--max-new-tokens", 1, "--cr")
+    results = {cr: cli(*args, cr) for cr in (4, 8)}
+    assert results[4].exit_code == results[8].exit_code == 0, results
+    (_, _, four), (_, _, eight) = (
+        FOOTER.search(results[cr].stdout.strip()).groups() for cr in (4, 8)
+    )
+    assert float(eight) > 1.3 * float(four) > 2.6
+
+
+def test_what_is_shipped_is_a_dial_on_every_verb() -> None:
+    assert read_config(ROOT / SHIPPED)["policy"]["max_cr"] == 12
+    for verb in (demo, explain, generate):
+        assert inspect.signature(verb.run).parameters["artefact"].default == SHIPPED
+
+
+def test_a_ratio_that_a_short_text_misses_is_explained(cli: Run, folder: Path) -> None:
+    args = ("generate", "--artefact", folder / "artefact", "--max-new-tokens", 1, "--prompt")
+    note = "note: the newest 4 tokens stay exact, so that 3 tokens are too few for the ratio of 2"
+    assert note in cli(*args, words(3)).stderr
+    assert "note" not in cli(*args, words(90)).stderr
+
+
+def test_a_ratio_for_a_model_without_a_dial_is_refused(cli: Run, folder: Path) -> None:
+    error = cli("generate", "--artefact", folder / "artefact", "--prompt", "w1", "--cr", 4).stderr
+    assert "cr=4.0: only a dial takes that, and this model has none; it serves cr=2 alone." in error
+    assert "preset" not in error
+
+
 def test_explain_agrees_with_the_cache(cli: Run, folder: Path) -> None:
     text = words(30, seed=4)
     result = cli(
@@ -109,7 +143,9 @@ def test_demo_writes_a_summary(cli: Run, folder: Path, tmp_path: Path) -> None:
         "--data", folder / "data", "--document", "one.jsonl", "--piece-tokens", 64,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
+    assert result.stdout.startswith(f"loading {folder / 'artefact'}\n")
     assert "compression map" in result.stdout and "mean" in result.stdout
+    assert "64-token pieces, cr 2 asked for:" in result.stdout
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert summary["target_cr"] == 2 and summary["tokens_seen"] == (100 + 59) * 2 * 2
     assert summary["cr"] == pytest.approx(summary["tokens_seen"] / summary["entries_kept"])
