@@ -176,6 +176,17 @@ def test_the_lab_book_has_the_figures_of_its_files():
         assert re.search(rf"^\| {name}\b[^|]*\| {cells(*measured.values())} \|", page, re.M)
 
 
+def test_what_adapters_gain_without_folding_is_in_the_lab_book():
+    page = (RESULTS / "retrofit.md").read_text()
+    found = {row["name"]: row["increase"] for row in read(RESULTS / "adapters.json")["rows"]}
+    names = [name.removesuffix("-cr1") for name in found if name.endswith("-cr1")]
+    assert len(names) == 3
+    for name in names:
+        adapters, both = found[f"{name}-cr1"], found[f"{name}-cr4"]
+        row = f"| {name} | {adapters:+.4f} | {both:+.4f} | {both - adapters:.3f} |"
+        assert row in page
+
+
 def test_the_lab_book_names_the_ablations_that_were_not_run():
     page = " ".join((RESULTS / "retrofit.md").read_text().split())
     [listed] = re.findall(r"Not run: ([^.]*(?:\.\d[^.]*)*)\.", page)
