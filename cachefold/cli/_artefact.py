@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 DTYPES = ("bfloat16", "float16", "float32")
 MEBI = 1024 * 1024
+LONG = 1024
+"""Tokens at which the ratios of a dial are meant, unless it was calibrated otherwise."""
 SHIPPED = Path("artefacts/smollm2-135m-dial-wide")
 REPOSITORY = Path(__file__).parents[2]
 
@@ -127,8 +129,11 @@ def short_note(cache: FoldedCache, policy: dict[str, Any]) -> str:
         policy: options of the policy that filled it.
     """
     seen, asked, delay = cache.get_seq_length(), policy.get("cr"), policy.get("delay", 0)
-    if asked is None or cache.compression_ratio() > 0.9 * asked or seen > 10 * asked * delay:
-        return ""  # from there on the exact tokens are less than a tenth of what is kept
+    # From there on a dial's ratios are meant, or exact tokens are under a tenth of what is kept.
+    if asked is None or seen > min(LONG, 10 * asked * delay):
+        return ""
+    if cache.compression_ratio() > 0.9 * asked:
+        return ""
     return (
         f"note: the newest {delay} tokens stay exact, so that {seen:,} tokens are too few for the "
         f"ratio of {asked:g} that was asked for"

@@ -81,7 +81,7 @@ def _facts(loaded: Loaded, cache: FoldedCache) -> dict[str, Any]:
     entries = cache.entries()
     return {
         "model": loaded.config["base"]["id"],
-        "target_cr": loaded.model.config.cachefold["cr"],
+        "target_cr": loaded.model.config.cachefold.get("cr"),
         "cr": cache.compression_ratio(),
         "tokens_seen": cache.get_seq_length() * sum(entry.numel() for entry in entries),
         "entries_kept": sum(int(entry.sum()) for entry in entries),
