@@ -17,7 +17,7 @@ import yaml
 
 import ablations
 from cachefold.cli import app
-from cachefold.cli.reproduce import _ratios
+from cachefold.cli.reproduce import asked_ratios
 from cachefold.evaluation.report import markdown, read
 from cachefold.retrofit.config import load_recipe
 
@@ -118,7 +118,7 @@ def test_recipes_serve_the_ratios_that_reproduce_is_asked_for(words):
     recipe = ROOT / "recipes" / f"{asked['name']}.yaml"
     if asked["name"] == "NAME":
         pytest.skip("any recipe")
-    _ratios(asked["cr"], load_recipe(recipe, asked["overrides"] or []))
+    asked_ratios(asked["cr"], load_recipe(recipe, asked["overrides"] or []))
 
 
 def test_no_command_calibrates_what_is_shipped():

@@ -44,7 +44,7 @@ def run(
     _check_changes(overrides or [], shipped, out)
     out = out or Path("runs/reproduce") / (f"{name}-shipped" if shipped else name)
     config = replace(load_recipe(recipe, overrides or []), output_dir=str(out))
-    ratios = _ratios(cr, config)
+    ratios = asked_ratios(cr, config)
     if shipped:
         _check_shipped(artefact, out)
     folder = artefact if shipped else _train(config)
@@ -96,10 +96,18 @@ def _check_shipped(artefact: Path, out: Path) -> None:
         )
 
 
-def _ratios(words: str, config: RetrofitConfig) -> list[float | None]:
+def asked_ratios(words: str, config: RetrofitConfig) -> list[float | None]:
     """Ratios of a dial to measure, checked now and not after hours of training.
 
-    None where the artefact's own is meant, which what has no dial may be asked for too.
+    Args:
+        words: as --cr has them, such as "2,4,8".
+        config: the recipe.
+
+    Returns:
+        The ratios; none of them where the artefact's own is meant.
+
+    Raises:
+        ValueError: no ratio, or one that the recipe's model will not serve.
     """
     from cachefold.evaluation.naming import check_ratio
     from cachefold.models.dial import has_dial

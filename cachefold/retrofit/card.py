@@ -148,12 +148,12 @@ def _tables(path: Path, shipped: str | None) -> str:
     """The tables in a file, those of one size together."""
     if not path.is_file():
         return ""
-    tables = sorted(_read(path, json.loads), key=_size)
-    groups = [list(group) for _, group in itertools.groupby(tables, key=_size)]
+    tables = sorted(_read(path, json.loads), key=_setting)
+    groups = [list(group) for _, group in itertools.groupby(tables, key=_setting)]
     return "\n\n".join(["## Measured", *(_table(group, shipped) for group in groups)])
 
 
-def _size(table: dict[str, Any]) -> tuple[int, int, str]:
+def _setting(table: dict[str, Any]) -> tuple[int, int, str]:
     return table["tokens"], table["pieces"], table["dtype"]
 
 
@@ -171,7 +171,7 @@ def _table(tables: list[dict[str, Any]], shipped: str | None) -> str:
             for row in table["files"]
         ]
         lines.append(f"| {asked} | **mean** | | | **{table['mean_increase']:+.4f}** | |")
-    tokens, pieces, dtype = _size(tables[0])
+    tokens, pieces, dtype = _setting(tables[0])
     made = (
         f"Loss in nats/token on held-out text, at most {pieces} pieces of {tokens} tokens of each "
         f"file, {dtype}, one training seed; standard error over pieces."
