@@ -8,7 +8,10 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from cachefold.evaluation.labels import Mark
 
 MEBI = 1024 * 1024
 COLUMNS = 2
@@ -16,8 +19,6 @@ COLUMNS = 2
 INK, PAPER = "0.15", "0.75"
 MARKERS = "osD^vP*Xhp<>d8"
 EXACT = "own dtype"
-LINE_PARTS = 24
-"""Of a line between two points, that labels keep off."""
 
 
 class Point(NamedTuple):
@@ -34,9 +35,9 @@ class Point(NamedTuple):
     """What tells one artefact from another of the same policy."""
 
     @property
-    def family(self) -> tuple[str | None, ...]:
-        """Points of one family are joined: one thing at several ratios, or in several codecs."""
-        return self.policy, self.weights, None if self.cr is None else self.codec
+    def method(self) -> tuple[str, str | None]:
+        """What has a colour of its own: a policy, with the weights that it learned."""
+        return self.policy, self.weights
 
 
 class Panel(NamedTuple):
@@ -98,13 +99,14 @@ def _point(row: dict[str, Any], value: float, error: float | None) -> Point:
     )  # fmt: skip
 
 
-def draw(rows: Sequence[dict[str, Any]], path: Path, context: int) -> bool:
+def draw(rows: Sequence[dict[str, Any]], path: Path, context: int, base: str = "") -> bool:
     """Writes the picture.
 
     Args:
         rows: of a report.
         path: of the file.
         context: tokens in the cache where bytes were measured.
+        base: name of the base model, which labels of its artefacts leave out.
 
     Returns:
         False where there is nothing to draw.
@@ -116,6 +118,8 @@ def draw(rows: Sequence[dict[str, Any]], path: Path, context: int) -> bool:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+
+    from cachefold.evaluation.labels import label
 
     columns = min(COLUMNS, len(found))
     lines = -(-len(found) // columns)
@@ -130,29 +134,29 @@ def draw(rows: Sequence[dict[str, Any]], path: Path, context: int) -> bool:
         _panel(axis, panel, colours, markers, context)
     figure.canvas.draw()  # fixes the layout, which the labels are placed in
     for axis, panel in zip(axes.flat, found, strict=False):
-        _label(axis, panel, colours)
+        label(axis, _marks(panel.points, colours), base)
     _legend(axes.flat[0], markers)
     figure.savefig(path, dpi=130)
     plt.close(figure)
     return True
 
 
-def _styles(found: Sequence[Panel]) -> tuple[dict[str, Any], dict[str | None, str]]:
-    """A colour for every policy, a marker for every codec."""
+def _styles(found: Sequence[Panel]) -> tuple[dict[Any, Any], dict[str | None, str]]:
+    """A colour for every method, a marker for every codec."""
     from matplotlib import colormaps
 
     points = [point for panel in found for point in panel.points]
-    policies = list(dict.fromkeys(point.policy for point in points))
+    methods = list(dict.fromkeys(point.method for point in points))
     codecs = list(dict.fromkeys([None, *(point.codec for point in points)]))
-    palette = colormaps["tab10"].colors
+    palette = (*colormaps["tab10"].colors, *colormaps["Dark2"].colors)
     return (
-        {policy: palette[i % len(palette)] for i, policy in enumerate(policies)},
+        {method: palette[i % len(palette)] for i, method in enumerate(methods)},
         {codec: MARKERS[i % len(MARKERS)] for i, codec in enumerate(codecs)},
     )
 
 
 def _panel(
-    axis: Any, panel: Panel, colours: dict[str, Any], markers: dict[str | None, str], context: int
+    axis: Any, panel: Panel, colours: dict[Any, Any], markers: dict[str | None, str], context: int
 ) -> None:
     """Front, points, and the lines that join a family."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
@@ -162,11 +166,11 @@ def _panel(
         *_places(front), color=PAPER, lw=7, alpha=0.6, solid_capstyle="round", zorder=1,
         label="Pareto front",
     )  # fmt: skip
-    for points in _families(panel.points):
-        axis.plot(*_places(points), color=colours[points[0].policy], lw=1, zorder=2)
+    for points in families(panel.points):
+        axis.plot(*_places(points), color=colours[points[0].method], lw=1, zorder=2)
     for point in panel.points:
         axis.errorbar(
-            *_places([point]), point.error or 0.0, color=colours[point.policy],
+            *_places([point]), point.error or 0.0, color=colours[point.method],
             marker=markers[point.codec], elinewidth=1, markersize=6, zorder=3,
         )  # fmt: skip
     axis.set_xscale("log", base=2)
@@ -185,12 +189,31 @@ def _panel(
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _families(points: Sequence[Point]) -> list[list[Point]]:
-    """The points that a line joins, by bytes."""
+def families(points: Sequence[Point]) -> list[list[Point]]:
+    """The points that a line joins, by bytes: one thing at several ratios."""
     found: dict[tuple[str | None, ...], list[Point]] = {}
     for point in sorted(points, key=lambda one: one.nbytes):
-        found.setdefault(point.family, []).append(point)
+        alone = point.codec if point.cr else point.name
+        found.setdefault((*point.method, alone), []).append(point)
     return list(found.values())
+
+
+def _marks(points: Sequence[Point], colours: dict[Any, Any]) -> list[list[Mark]]:
+    """Families as what gets labels, a little darker than the points."""
+    from cachefold.evaluation.labels import Mark
+
+    return [
+        [
+            Mark(
+                point.name,
+                point.nbytes / MEBI,
+                point.value,
+                [0.75 * c for c in colours[point.method]],
+            )
+            for point in family
+        ]
+        for family in families(points)
+    ]
 
 
 def _places(points: Sequence[Point]) -> tuple[list[float], list[float]]:
@@ -215,65 +238,11 @@ def _spread(axis: Any, points: Sequence[Point]) -> None:
     if sizes and sizes[-1] > 20 * small:
         straight = 10.0 ** round(math.log10(small))
         axis.set_yscale("symlog", linthresh=straight, linscale=0.7)
+        axis.set_ylabel(f"logarithmic above {straight:g}", color="0.4", fontsize=8)
         least = min(point.value - (point.error or 0.0) for point in points)
         axis.set_ylim(min(1.3 * least, -straight / 3), 2 * sizes[-1])
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.axhline(0, color="0.6", lw=0.8, zorder=2)
-
-
-def _label(axis: Any, panel: Panel, colours: dict[str, Any]) -> None:
-    """Writes every name beside its point, at the place around it that hides least."""
-    from matplotlib.transforms import Bbox
-
-    renderer = axis.figure.canvas.get_renderer()
-    taken = []
-    for points in _families(panel.points):
-        spots = axis.transData.transform(list(zip(*_places(points), strict=True)))
-        taken += [Bbox.from_extents(x - 6, y - 6, x + 6, y + 6) for x, y in spots]
-        for (x, y), (to_x, to_y) in itertools.pairwise(spots):
-            steps = (part / LINE_PARTS for part in range(1, LINE_PARTS))
-            between = ((x + s * (to_x - x), y + s * (to_y - y)) for s in steps)
-            taken += [Bbox.from_extents(x - 3, y - 2, x + 3, y + 2) for x, y in between]
-    for point in panel.points:
-        best, least = None, float("inf")
-        for dx, dy, side in _offsets():
-            text = axis.annotate(
-                point.name, (point.nbytes / MEBI, point.value), (dx, dy),
-                textcoords="offset points", ha=side, va="center", fontsize=8,
-                color=[0.75 * part for part in colours[point.policy]], zorder=4,
-            )  # fmt: skip
-            box = text.get_window_extent(renderer)
-            cost = _hidden(box, taken, axis.get_window_extent(renderer)) + 0.3 * abs(dy)
-            if cost < least:
-                if best is not None:
-                    best[0].remove()
-                best, least = (text, box), cost
-            else:
-                text.remove()
-        assert best is not None, "there is always a place"
-        taken.append(best[1])
-
-
-def _offsets() -> list[tuple[float, float, str]]:
-    """Offsets in points, nearest first, and which side of the text is at the point."""
-    beside = [(8.0, 0.0, "left"), (-8.0, 0.0, "right")]
-    around = [
-        (dx, sign * dy, side)
-        for dy in (9.0, 17.0, 25.0)
-        for sign in (1, -1)
-        for dx, side in ((0.0, "center"), (6.0, "left"), (-6.0, "right"))
-    ]
-    return [*beside, *around]
-
-
-def _hidden(box: Any, taken: Sequence[Any], frame: Any) -> float:
-    """Square pixels of a label that lie on other things, or outside the panel."""
-    from matplotlib.transforms import Bbox
-
-    shared = (Bbox.intersection(box, other) for other in taken)
-    inside = Bbox.intersection(box, frame)
-    outside = box.width * box.height - (inside.width * inside.height if inside else 0.0)
-    return 4 * outside + sum(one.width * one.height for one in shared if one is not None)
 
 
 def _legend(axis: Any, markers: dict[str | None, str]) -> None:

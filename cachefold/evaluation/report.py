@@ -33,8 +33,10 @@ def write(report: dict[str, Any], folder: Path, *, picture: bool = True) -> list
     files = [folder / f"{NAME}.json", folder / f"{NAME}.md"]
     replace(files[0], json.dumps({"format": FORMAT} | report, indent=1, allow_nan=False) + "\n")
     replace(files[1], markdown(report) + "\n")
-    if picture and draw(report["rows"], folder / f"{NAME}.png", context_of(report)):
-        files.append(folder / f"{NAME}.png")
+    drawn = folder / f"{NAME}.png"
+    base = Path(report["settings"]["model"]).name
+    if picture and draw(report["rows"], drawn, context_of(report), base):
+        files.append(drawn)
     return files
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import doctest
+import math
 from pathlib import Path
 
 import pytest
 
-from cachefold.evaluation import plot
+from cachefold.evaluation import labels, plot
 from cachefold.evaluation.plot import Point, draw, panels, pareto
 from tests.evaluation.reports import report, row, task
 
@@ -32,15 +33,21 @@ def test_front_is_what_nothing_beats() -> None:
     assert len(pareto(equal, False)) == 1
 
 
-def test_a_policy_is_joined_over_ratios_and_full_over_codecs() -> None:
+def test_one_thing_is_joined_over_ratios() -> None:
     rows = [row(n, m, 0.1) for n, m in (("full+int4", 3), ("full+int8", 5), ("tova-cr2", 2),
             ("tova-cr4", 1), ("tova-cr2+int4", 1))]  # fmt: skip
     [loss] = panels(rows)
-    names = [[p.name for p in family] for family in plot._families(loss.points)]
-    assert names == [["tova-cr4", "tova-cr2"], ["tova-cr2+int4"], ["full+int4", "full+int8"]]
+    names = [[p.name for p in family] for family in plot.families(loss.points)]
+    assert names == [["tova-cr4", "tova-cr2"], ["tova-cr2+int4"], ["full+int4"], ["full+int8"]]
     rows[2]["weights"], rows[3]["weights"] = "one", "other"  # two artefacts of a policy
     [loss] = panels(rows)
-    assert [len(family) for family in plot._families(loss.points)] == [1, 1, 1, 2]
+    assert [len(family) for family in plot.families(loss.points)] == [1, 1, 1, 1, 1]
+
+
+def test_two_artefacts_of_a_policy_have_two_colours() -> None:
+    rows = [row(f"dmc-cr{cr}", 8 / cr, 0.1, weights=str(cr)) for cr in (2, 4)]
+    colours, _ = plot._styles(panels(rows))
+    assert len(set(colours.values())) == 2
 
 
 def test_codecs_have_markers_of_their_own() -> None:
@@ -68,9 +75,9 @@ def test_every_point_is_named_and_no_name_hides_another(tmp_path: Path, figures:
     [figure] = figures
     loss = figure.axes[0]
     renderer = figure.canvas.get_renderer()
-    labels = {text.get_text(): text.get_window_extent(renderer) for text in loss.texts}
-    assert set(labels) == {"dense", "tova-cr2", "tova-cr8", "full+int4", "random-cr8"}
-    boxes = list(labels.values())
+    named = {text.get_text(): text.get_window_extent(renderer) for text in loss.texts}
+    assert set(named) == {"dense", "cr2", "tova-cr8", "full+int4", "random-cr8"}
+    boxes = list(named.values())
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
     frame = loss.get_window_extent(renderer)
     assert all(frame.x0 <= box.x0 and box.x1 <= frame.x1 for box in boxes)
@@ -86,6 +93,19 @@ def test_names_of_points_that_lie_together(tmp_path: Path, figures: list) -> Non
     renderer = figures[0].canvas.get_renderer()
     boxes = [text.get_window_extent(renderer) for text in axis.texts]
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_labels_leave_the_base_model_out(tmp_path: Path, figures: list) -> None:
+    draw([row("m-dial-cr2", 8, 0.1), row("m-dial-cr4", 4, 0.2)], tmp_path / "x.png", 10, "m")
+    assert [text.get_text() for text in figures[0].axes[0].texts] == ["dial-cr4", "cr2"]
+
+
+def test_a_label_far_from_its_point_has_a_line_to_it(tmp_path: Path, figures: list) -> None:
+    crowd = [row(f"method-{i}", 8 + i / 50, 0.1 + i / 2000) for i in range(12)]
+    draw([row("dense", 16, 0.0), *crowd], tmp_path / "x.png", 10)
+    texts = figures[0].axes[0].texts
+    far = [math.hypot(*text.xyann) > labels.LEADER for text in texts]
+    assert any(far) and [text.arrow_patch is not None for text in texts] == far
 
 
 def test_losses_that_differ_much_get_a_logarithmic_axis(tmp_path: Path, figures: list) -> None:
@@ -111,4 +131,5 @@ def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_examples_run() -> None:
-    assert doctest.testmod(plot).attempted and not doctest.testmod(plot).failed
+    for module in (plot, labels):
+        assert doctest.testmod(module).attempted and not doctest.testmod(module).failed
