@@ -47,6 +47,8 @@ class Prefill:
     backend: str
     threads: int
     seed: int
+    proportional: bool = False
+    """Entries are weighed by the tokens they hold."""
 
 
 def measure(config: BenchConfig, pairs: list[Pair]) -> Iterator[dict[str, Any]]:
@@ -176,6 +178,7 @@ def _in_own_process(
     job = Prefill(
         model=config.model, dtype=dtype, batch=batch, context=context, cr=cr,
         backend=config.backend, threads=torch.get_num_threads(), seed=config.seed,
+        proportional=config.proportional,
     )  # fmt: skip
     command = [sys.executable, "-m", "cachefold.benchmark.prefill", json.dumps(asdict(job))]
     found = []
@@ -194,7 +197,8 @@ def peak_of(job: Prefill) -> dict[str, Any]:
     """Loads a model, warms it up and measures the memory of one prefill, in this process."""
     set_threads(job.threads)
     base, _ = load_base(job.model, getattr(torch, job.dtype))
-    pair = make_pair(base.to(device()), job.dtype)  # type: ignore[arg-type]  # transformers' stub
+    moved: Any = base.to(device())  # type: ignore[arg-type]  # transformers' stub
+    pair = make_pair(moved, job.dtype, proportional=job.proportional)
 
     def prefill(tokens: int, cr: float) -> Callable[[], Any]:
         ids = imposed.random_ids(pair.dense, job.batch, tokens, job.seed)

@@ -45,6 +45,15 @@ def test_a_process_of_its_own(base):
     assert found["peak_bytes"] > 0 and 0 < found["cache_bytes"] < 300 * 2 * 2 * 16 * 4
 
 
+def test_the_process_measures_the_model_that_is_timed(base):
+    plain, sized = (
+        prefill._in_own_process(_config(base, proportional=sizes), "float32", 1, 300, 4.0)
+        for sizes in (False, True)
+    )
+    # One number more beside the 2 x 16 of an entry, and pages may not come out even.
+    assert sized["cache_bytes"] > 1.02 * plain["cache_bytes"]
+
+
 def test_a_failed_process_says_why(base, tmp_path, monkeypatch):
     program = tmp_path / "python"
     program.write_text("#!/bin/sh\necho first >&2\necho 'ValueError: no room' >&2\nexit 1\n")
