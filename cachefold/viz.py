@@ -43,8 +43,8 @@ def compression_map_blocks(source: Any, *, ascii_only: bool | None = None) -> st
     """Draws layers across and heads down; higher and fuller blocks compress more.
 
     Args:
-        source: rows with `layer` and `cr` as `load_map` gives them, or the (layers, heads) tensor
-            of `FoldedCache.map`.
+        source: rows with `layer` and `cr` as `load_map` gives them, a FoldedCache, or a table of
+            ratios (layers, heads), whose layers are then counted from 0.
         ascii_only: draw with plain characters; None = when stdout can't show blocks.
 
     Returns:
@@ -78,6 +78,9 @@ def compression_map_blocks(source: Any, *, ascii_only: bool | None = None) -> st
 
 
 def _rows(source: Any) -> tuple[list[int], list[list[float]]]:
+    if hasattr(source, "folded_layers"):  # a cache, which knows what does not fold
+        ratios = zip(source.folded_layers, source.map().tolist(), strict=True)
+        source = [{"layer": layer, "cr": heads} for layer, heads in ratios]
     rows: Sequence[Any] = source.tolist() if hasattr(source, "tolist") else list(source)
     if not rows or not all(len(row["cr"] if isinstance(row, dict) else row) for row in rows):
         raise ValueError("the compression map is empty: no layer is folded")

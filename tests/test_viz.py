@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +27,13 @@ def test_rows_keep_their_layer_and_long_maps_wrap() -> None:
     assert lines[1].split() == ["layer", "0", "10", "20", "30", "40", "50", "60"]
     assert lines[3].split() == ["layer", "64", "74"]
     assert lines[2].startswith("head 0 ..") and lines[4].endswith("@@")
+
+
+def test_a_cache_knows_which_layers_fold() -> None:
+    cache = SimpleNamespace(folded_layers=[5, 11], map=lambda: torch.tensor([[1.0], [2.0]]))
+    assert compression_map_blocks(cache, ascii_only=True).splitlines()[1:3] == [
+        "layer  5", "head 0 ..@@",
+    ]  # fmt: skip
 
 
 def test_nothing_merged() -> None:

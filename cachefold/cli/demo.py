@@ -72,7 +72,7 @@ def _continue(loaded: Loaded, document: Path, tokens: int) -> FoldedCache:
         streamer=TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True),
         pad_token_id=loaded.tokenizer.eos_token_id or 0, **greedy_or_sample(loaded.model, 0.0),
     )  # fmt: skip
-    print(f"\n{compression_map_blocks(cache.map())}\n{cache_line(cache)}\n", flush=True)
+    print(f"\n{compression_map_blocks(cache)}\n{cache_line(cache)}\n", flush=True)
     return cache
 
 
