@@ -20,7 +20,13 @@ from cachefold.core.decisions import Decisions
 from cachefold.models.calibration import calibrate
 from cachefold.models.dial import has_dial, turn_dial
 from cachefold.models.fold import FoldRun
-from cachefold.models.hub import load_trainable_state, save_folded, trainable_state
+from cachefold.models.hub import (
+    CONFIG,
+    load_trainable_state,
+    read_config,
+    save_folded,
+    trainable_state,
+)
 from cachefold.retrofit.checkpoint import RECIPE, WEIGHTS, check_finite, check_output, claim_output
 from cachefold.retrofit.config import RetrofitConfig
 from cachefold.retrofit.data import PackedDataset, load_blocks, preset_texts, split_held_out
@@ -142,11 +148,13 @@ def finish(
         RetrofitDivergedError: a weight is not finite; nothing is written.
     """
     check_finite(trainable_state(model), config.steps)
-    if texts:
-        _calibrate(model.train(False), texts)
-    result = measure(model, held_out, config)
     output = Path(config.output_dir)
     folder = output / FINAL
+    if texts:
+        # A finished run that is resumed ends with the same weights, so other presets still fit.
+        known = read_config(folder).get("dial", {}) if (folder / CONFIG).is_file() else {}
+        _calibrate(model.train(False), texts, known)
+    result = measure(model, held_out, config)
     save_folded(
         model, folder, base={"id": config.model, "revision": base_revision(config.model, model)},
         extra={"tokens": tokens, "seq_len": config.data.seq_len, "cr": result["cr"]},
@@ -160,11 +168,14 @@ def finish(
     return {"cr": result["cr"], "least_cr": least, "folder": str(folder)}
 
 
-def _calibrate(model: PreTrainedModel, texts: dict[str, Tensor]) -> None:
-    """Calibrates a dial; one that can't be is saved all the same, with nominal positions."""
+def _calibrate(model: PreTrainedModel, texts: dict[str, Tensor], known: dict[str, Any]) -> None:
+    """Calibrates a dial; one that can't be is saved all the same, with nominal positions.
+
+    Presets that are known and not among the texts are kept.
+    """
     print("calibrating the dial", flush=True)
     try:
-        turn_dial(model, calibrate(model, texts))
+        turn_dial(model, known | calibrate(model, texts))
     except (ValueError, torch.OutOfMemoryError) as error:
         print(f"warning: not calibrated: {error}. See `cachefold calibrate`", flush=True)
 

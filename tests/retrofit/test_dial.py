@@ -10,7 +10,7 @@ import torch
 
 from cachefold.core.dial import nominal_position
 from cachefold.models.dial import turn_dial
-from cachefold.models.hub import load_folded, read_config, save_folded
+from cachefold.models.hub import load_folded, read_config, save_folded, update_config
 from cachefold.policies.decisions import SPARED
 from cachefold.retrofit.config import from_dict
 from cachefold.retrofit.data import preset_texts
@@ -150,6 +150,10 @@ def test_a_dial_is_trained_calibrated_and_saved(workspace: Path, fixed: Path) ->
         assert table == sorted(table) and len(table) >= 2
     model = load_folded(folder, load_base(str(workspace / "model"), torch.float32)[0], cr=3)
     assert model.config.cachefold["cr"] == 3
+    update_config(folder, {"dial": config["dial"] | {"legal": [[1.5, 0.0], [2.5, 1.0]]}})
+    run_retrofit(from_dict(values), resume=True)  # is finished, and a preset is the user's
+    again = read_config(folder)["dial"]
+    assert again == config["dial"] | {"legal": [[1.5, 0.0], [2.5, 1.0]]}
 
 
 def test_weights_of_sizes_start_at_one_and_are_trained(workspace: Path, fixed: Path) -> None:
