@@ -15,14 +15,20 @@ def run(
 ) -> None:
     """Write README.md beside an artefact: what it is, how it was made, what was measured."""
     from cachefold.cli._artefact import find
-    from cachefold.retrofit.card import CARD, CURVE, HELDOUT, card
+    from cachefold.retrofit.card import CARD, CURVE, HELDOUT, card, tables_of
     from cachefold.retrofit.run import FINAL
 
     folder = find(artefact)
     path = folder.resolve()
     name = name or (path.parent.name if path.name == FINAL else path.name)
     card(folder, name)  # what is missing is said before anything is written
-    if not (folder / HELDOUT).is_file():
+    tables, others = tables_of(folder)
+    if others:
+        print(
+            f"tables of {folder / HELDOUT} left out: {others}, made of other weights or before a "
+            "calibration; `cachefold reproduce` measures anew"
+        )
+    elif not tables:
         print(f"no table: {HELDOUT} of `cachefold reproduce` is not in {folder}")
     if find_spec("matplotlib") is None:
         print("no picture: pip install matplotlib, and run this again for one")

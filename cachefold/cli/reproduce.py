@@ -156,9 +156,10 @@ def _measure(
     """
     from cachefold.evaluation.heldout import measure_artefact
     from cachefold.evaluation.report import replace as write
+    from cachefold.models.hub import artefact_digest
     from cachefold.retrofit.card import HELDOUT
 
-    path, made_of = place / HELDOUT, _identity(folder)
+    path, made_of = place / HELDOUT, artefact_digest(folder)
     known = _kept(path, made_of, beside=place == folder)
     place.mkdir(parents=True, exist_ok=True)
     new: list[dict[str, Any]] = []
@@ -170,17 +171,6 @@ def _measure(
         write(path, json.dumps(tables, indent=2) + "\n")
     print(f"written: {path}")
     return new
-
-
-def _identity(folder: Path) -> str:
-    """Tells an artefact from every other, and from itself with other weights or a new preset."""
-    from cachefold.evaluation.methods import digest
-    from cachefold.models.hub import CONFIG, WEIGHTS
-
-    try:
-        return "-".join(digest(folder / name) for name in (WEIGHTS, CONFIG))
-    except OSError as error:
-        raise ValueError(f"{folder} is no artefact that can be measured: {error}") from error
 
 
 def _kept(path: Path, made_of: str, beside: bool) -> dict[tuple[float, int, int], dict[str, Any]]:

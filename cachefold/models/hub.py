@@ -5,6 +5,7 @@ The base model is named, never copied. Nothing is pickled.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -165,6 +166,22 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if "name" not in config["policy"]:
         raise ValueError(f"{path}: 'policy.name' is missing; save the artefact again")
     return config
+
+
+def artefact_digest(folder: str | Path) -> str:
+    """Tells an artefact from every other, and from itself with other weights or a new preset.
+
+    Raises:
+        ValueError: no artefact there, or it can't be read.
+    """
+    parts = []
+    for name in (WEIGHTS, CONFIG):
+        try:
+            with (Path(folder) / name).open("rb") as file:
+                parts.append(hashlib.file_digest(file, "sha256").hexdigest()[:16])
+        except OSError as error:
+            raise ValueError(f"{folder} is no artefact that can be measured: {error}") from error
+    return "-".join(parts)
 
 
 def load_folded(

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from cachefold.bases import BASES
-from cachefold.models.hub import read_config
+from cachefold.models.hub import artefact_digest, read_config
 from cachefold.retrofit.checkpoint import RECIPE
 from cachefold.retrofit.reporting import read_log
 from cachefold.viz import compression_map_blocks, load_map
@@ -44,7 +44,7 @@ def card(folder: Path, name: str) -> str:
         _head(name, config),
         _facts(config, recipe, log) + f"\n| command | {_command(place, shipped)} |",
         _use(place, config),
-        _tables(folder / HELDOUT, shipped),
+        _tables(tables_of(folder)[0], shipped),
         f"## Training\n\n![each step of the training, and the ratio of each head]({CURVE})"
         if (folder / CURVE).is_file()
         else "",
@@ -152,11 +152,33 @@ def _use(place: Path, config: dict[str, Any]) -> str:
     )
 
 
-def _tables(path: Path, shipped: str | None) -> str:
-    """The tables in a file, those of one size together."""
-    if not path.is_file():
+def tables_of(folder: Path) -> tuple[list[dict[str, Any]], int]:
+    """Held-out tables beside an artefact that were made of it.
+
+    One that doesn't say what it was made of belongs to what it lies beside.
+
+    Args:
+        folder: of the artefact.
+
+    Returns:
+        The tables, and how many others there are, of other weights or another calibration.
+
+    Raises:
+        ValueError: no artefact, or a file of tables that can't be read.
+    """
+    if not (folder / HELDOUT).is_file():
+        return [], 0
+    found = _read(folder / HELDOUT, json.loads)
+    own = artefact_digest(folder)
+    mine = [table for table in found if table.get("artefact", own) == own]
+    return mine, len(found) - len(mine)
+
+
+def _tables(tables: list[dict[str, Any]], shipped: str | None) -> str:
+    """Those of one size together."""
+    if not tables:
         return ""
-    tables = sorted(_read(path, json.loads), key=_setting)
+    tables = sorted(tables, key=_setting)
     groups = [list(group) for _, group in itertools.groupby(tables, key=_setting)]
     return "\n\n".join(["## Measured", *(_table(group, shipped) for group in groups)])
 

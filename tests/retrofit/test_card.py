@@ -11,7 +11,7 @@ import yaml
 from typer.testing import CliRunner
 
 from cachefold.cli import app
-from cachefold.retrofit.card import CARD, CURVE, HELDOUT, card
+from cachefold.retrofit.card import CARD, CURVE, HELDOUT, card, tables_of
 from cachefold.retrofit.checkpoint import RECIPE
 from cachefold.retrofit.config import load_recipe
 from cachefold.retrofit.curve import draw
@@ -32,7 +32,7 @@ def folder(tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_shipped_artefact_has_the_card_of_its_files(name):
     assert (ARTEFACTS / name / CARD).read_text() == card(ARTEFACTS / name, name)
-    assert (ARTEFACTS / name / CURVE).is_file()
+    assert (ARTEFACTS / name / CURVE).is_file() and tables_of(ARTEFACTS / name)[1] == 0
     assert load_recipe(ARTEFACTS / name / RECIPE).steps  # the command in the card takes it
     recipe = yaml.safe_load((ARTEFACTS / name / RECIPE).read_text())
     assert not Path(recipe["output_dir"]).is_absolute()
@@ -84,6 +84,19 @@ def test_only_what_reproduce_finds_is_called_shipped(folder, monkeypatch):
     text = card(place, "A Better Name")  # as it is found from a clone
     assert "# A Better Name" in text and "`cachefold reproduce mine --shipped --cr 2" in text
     assert '"artefacts/mine"' in text and "`cachefold retrofit artefacts/mine/recipe.yaml`" in text
+
+
+def test_tables_of_other_weights_are_left_out(folder):
+    config = json.loads((folder / "cachefold.json").read_text())
+    tables = json.loads((folder / HELDOUT).read_text())
+    assert tables_of(folder) == (tables, 0)
+    (folder / "cachefold.json").write_text(json.dumps(config | {"dial": {}}))  # calibrated anew
+    assert tables_of(folder) == ([], len(tables)) and "Measured" not in card(folder, "mine")
+    result = CliRunner().invoke(app, ["card", str(folder)])
+    assert "left out: 1" in result.output
+    nameless = [{k: v for k, v in table.items() if k != "artefact"} for table in tables]
+    (folder / HELDOUT).write_text(json.dumps(nameless))
+    assert tables_of(folder) == (nameless, 0)
 
 
 def test_every_table_has_its_own_size_and_command(folder):
