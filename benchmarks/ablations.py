@@ -36,6 +36,7 @@ import yaml
 from transformers.utils import logging
 
 from cachefold.evaluation.heldout import measure_artefact
+from cachefold.evaluation.report import replace
 from cachefold.models.hub import read_config
 from cachefold.retrofit.checkpoint import check_output, claim_output
 from cachefold.retrofit.config import RetrofitConfig, load_recipe
@@ -66,6 +67,8 @@ def main() -> None:
     if arguments.table:
         print(table(results))
         return
+    for complaint in odd(results, changes, arguments.pieces):
+        print(f"note: {complaint}", file=sys.stderr, flush=True)
     wanted = {n: changes[n] for n in arguments.names or changes if n not in results}
     failed = False
     for name, found in run_all(wanted, arguments.pieces, arguments.jobs):
@@ -74,9 +77,28 @@ def main() -> None:
             print(f"error: {name}: {type(found).__name__}: {found}", file=sys.stderr, flush=True)
             continue
         results[name] = found
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        replace(RESULTS, json.dumps(results, indent=1) + "\n")
     print(table(results))
     sys.exit(2 if failed else 0)
+
+
+def odd(results: dict[str, Any], changes: dict[str, list[str]], pieces: int) -> list[str]:
+    """What was measured of fewer or more text, or is called something else now.
+
+    >>> odd({"a": {"changes": [], "pieces": 3}}, {"a": ["train.seed=1"]}, 3)
+    ['a was measured with the changes [], now there are [train.seed=1]; it is not done again']
+    """
+    found = []
+    for name, one in results.items():
+        if one["pieces"] != pieces:
+            found.append(f"{name} was measured with --pieces {one['pieces']}, now {pieces}")
+        if name in changes and one["changes"] != changes[name]:
+            then, now = (", ".join(some) for some in (one["changes"], changes[name]))
+            found.append(
+                f"{name} was measured with the changes [{then}], now there are [{now}]; it is not "
+                "done again"
+            )
+    return found
 
 
 def run_all(
@@ -152,7 +174,8 @@ def train_and_measure(config: RetrofitConfig, pieces: int) -> dict[str, Any]:
         ValueError: the dial could not be calibrated.
     """
     final = Path(config.output_dir) / FINAL
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"pieces": pieces}
+    check_output(config, resume=True)  # a run that is finished already has to be of this recipe
     if not (final / "cachefold.json").is_file():
         start = time.monotonic()
         run_retrofit(config, resume=True)

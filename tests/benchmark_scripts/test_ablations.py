@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 import os
 import signal
@@ -63,6 +64,24 @@ def test_nothing_is_measured_off_the_ratio(monkeypatch: pytest.MonkeyPatch, tmp_
         ablations.run("any", [], pieces=1)
 
 
+def test_examples_run() -> None:
+    assert doctest.testmod(ablations).attempted and not doctest.testmod(ablations).failed
+
+
+def test_what_was_measured_otherwise_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = {cr: {"increase": 0.5} for cr in ("2", "4", "8")}
+    (tmp_path / "x.json").write_text(
+        json.dumps({"base": found | {"changes": [], "pieces": 12, "machine": "any"}})
+    )
+    monkeypatch.setattr(ablations, "RESULTS", tmp_path / "x.json")
+    monkeypatch.setattr("sys.argv", ["ablations.py", "base"])
+    with pytest.raises(SystemExit, match="0"):
+        ablations.main()
+    assert "base was measured with --pieces 12, now 3" in capsys.readouterr().err
+
+
 def test_a_table_has_no_divergence_where_none_was_measured() -> None:
     found = {cr: {"increase": 0.5} for cr in ("2", "4", "8")}
     machines = {"a": "x86_64, 1 threads", "b": "NVIDIA H200"}
@@ -93,6 +112,8 @@ def test_a_run_is_reused_under_its_variant_only(
     for other in {"", "sinks", "hybrid"} - {variant}:
         with pytest.raises(ValueError, match="trained under .*; move or delete it"):
             ablations.run("any", changes + ([f"variant={other}"] if other else []), pieces=1)
+    with pytest.raises(ValueError, match="had another recipe"):  # not the old weights as new ones
+        ablations.run("any", [*changes, "train.seed=9", *own], pieces=1)
     if not variant:
         (folder / "variant").unlink()  # as runs had it that were made before
     ablations.run("any", changes + own, pieces=1)
