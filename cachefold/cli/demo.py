@@ -39,10 +39,11 @@ def run(
     if data / document not in files:
         names = ", ".join(file.name for file in files) or "no .jsonl or .jsonl.gz file"
         raise ValueError(f"--document {document} is not in --data {data}; there: {names}")
-    print(f"loading {artefact}", flush=True)
-    from cachefold.cli._artefact import load_artefact
+    from cachefold.cli._artefact import load, open_artefact
 
-    loaded = load_artefact(artefact, cr=cr, preset=preset)
+    opened = open_artefact(artefact, cr=cr, preset=preset)
+    print(f"loading {artefact}", flush=True)
+    loaded = load(opened)
     cache = _continue(loaded, data / document, tokens)
     summary = {**_facts(loaded, cache), **_losses(loaded, files, pieces, piece_tokens)}
     out.mkdir(parents=True, exist_ok=True)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cachefold.cli._artefact import SHIPPED
 
 if TYPE_CHECKING:
+    from cachefold.cli._artefact import Artefact
     from cachefold.core.decisions import Decisions
 
 HEADER = (
@@ -30,21 +31,18 @@ def run(
     ] = None,
 ) -> None:
     """Show what one head decides for every token of a text."""
-    from cachefold.cli._artefact import load_artefact
+    if not text.strip():
+        raise ValueError("the text is empty")
+    from cachefold.cli._artefact import load, open_artefact
 
-    loaded = load_artefact(artefact, dtype, cr, preset)
+    opened = open_artefact(artefact, dtype, cr, preset)
+    _check_place(opened, layer, head)
+    loaded = load(opened)
     import torch
 
-    from cachefold.models.fold import FoldRun, folded_layers
+    from cachefold.models.run import FoldRun
 
-    config, layers = loaded.model.config, folded_layers(loaded.model)
-    if layer not in layers:
-        raise ValueError(f"--layer {layer} does not fold; folded layers: {_span(layers)}")
-    if not 0 <= head < config.num_key_value_heads:
-        raise ValueError(f"--head must be 0..{config.num_key_value_heads - 1}, got {head}")
     ids = loaded.tokenizer(text, return_tensors="pt").input_ids.to(loaded.model.device)
-    if ids.numel() == 0:
-        raise ValueError("the text is empty")
     decisions: dict[int, Decisions] = {}
     with torch.no_grad():
         loaded.model(ids, use_cache=False, logits_to_keep=1, fold_run=FoldRun(recorder=decisions))
@@ -57,6 +55,26 @@ def run(
         "tokens wait in the\nring. closed, open, ring, kept: entries once the token of the line "
         "was read."
     )
+
+
+def _check_place(artefact: Artefact, layer: int, head: int) -> None:
+    """Refuses a layer or head that decides nothing, by the shape of the base model alone."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from cachefold.models.families import attention_layers, is_full_attention
+    from cachefold.zoo import base_config
+
+    shape = base_config(artefact.base)  # not on the meta device: it may have to convert weights
+    with torch.device("meta"):
+        attentions = attention_layers(AutoModelForCausalLM.from_config(shape))
+    layers = [index for index, one in enumerate(attentions) if is_full_attention(one)]
+    if layer not in layers:
+        raise ValueError(f"--layer {layer} does not fold; folded layers: {_span(layers)}")
+    policy: Any = artefact.policy
+    heads = policy.kv_heads or attentions[layer].config.num_key_value_heads
+    if not 0 <= head < heads:
+        raise ValueError(f"--head must be 0..{heads - 1}, got {head}")
 
 
 def explain_rows(

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from cachefold.cli import demo, explain, generate
-from cachefold.cli._artefact import SHIPPED, load_artefact
-from cachefold.models.fold import new_cache
-from cachefold.models.hub import read_config
+from cachefold.cli._artefact import SHIPPED, load, open_artefact
+from cachefold.models.fold import fold, new_cache
+from cachefold.models.hub import read_config, save_folded
+from cachefold.policies import DMC
 from tests.cli.conftest import Run, words
+from tests.models.tiny import forbid_loading, tiny_model
 
 ROOT = Path(__file__).parents[2]
 FOOTER = re.compile(
@@ -63,11 +65,14 @@ def test_generate_chat_and_seed(cli: Run, folder: Path) -> None:
         ([], "--prompt TEXT or --prompt-file"),
         (["--prompt", " "], "empty"),
         (["--prompt-file", "/nowhere/x"], "can't read --prompt-file"),
-        (["--prompt", "w1", "--temperature", "-1"], ">= 0"),
+        (["--prompt", "w1", "--temperature", "-1"], "Invalid value for '--temperature'"),
         (["--prompt", "w1", "--dtype", "int8"], "--dtype must be one of"),
     ],
 )
-def test_generate_refuses(cli: Run, folder: Path, args: list[str], message: str) -> None:
+def test_generate_refuses(
+    cli: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, args: list[str], message: str
+) -> None:
+    forbid_loading(monkeypatch)
     result = cli("generate", "--artefact", folder / "artefact", *args)
     assert result.exit_code == 2 and message in result.stderr
 
@@ -122,7 +127,7 @@ def test_explain_agrees_with_the_cache(cli: Run, folder: Path) -> None:
     assert len(rows) == 30 and rows[0][1] == text.split()[0]
     assert rows[0][4] == "append" and {row[4] for row in rows} == {"append", "merge"}
     assert rows[3][5] == "after #7" and rows[-1][5] == "not yet"
-    loaded = load_artefact(folder / "artefact", "float32")
+    loaded = load(open_artefact(folder / "artefact", "float32"))
     ids = loaded.tokenizer(text, return_tensors="pt").input_ids
     cache = new_cache(loaded.model)
     for i, row in enumerate(rows):
@@ -131,10 +136,26 @@ def test_explain_agrees_with_the_cache(cli: Run, folder: Path) -> None:
         assert int(row[9]) == sum(int(cell) for cell in row[6:9])
 
 
-def test_explain_refuses(cli: Run, folder: Path) -> None:
-    args = ("explain", "--artefact", folder / "artefact", "w1")
-    assert "folded layers: 0..1" in cli(*args, "--layer", 2, "--head", 0).stderr
-    assert "--head must be 0..1" in cli(*args, "--layer", 0, "--head", 2).stderr
+def test_explain_refuses(cli: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forbid_loading(monkeypatch)
+    args = ("explain", "--artefact", folder / "artefact")
+    assert "folded layers: 0..1" in cli(*args, "w1", "--layer", 2, "--head", 0).stderr
+    for head in (-1, 2):
+        assert "--head must be 0..1" in cli(*args, "w1", "--layer", 0, "--head", head).stderr
+    assert "the text is empty" in cli(*args, " ").stderr
+
+
+def test_explain_knows_pooled_heads_and_layers_that_stay_dense(
+    cli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("Gemma3Text")
+    model.save_pretrained(tmp_path / "base")
+    base = {"id": str(tmp_path / "base"), "revision": "local"}
+    save_folded(fold(model, DMC(delay=4, kv_heads=1)), tmp_path / "pooled", base=base)
+    forbid_loading(monkeypatch)
+    args = ("explain", "w1", "--artefact", tmp_path / "pooled")
+    assert "--layer 0 does not fold; folded layers: 1..1" in cli(*args).stderr
+    assert "--head must be 0..0, got 1" in cli(*args, "--layer", 1, "--head", 1).stderr
 
 
 def test_demo_writes_a_summary(cli: Run, folder: Path, tmp_path: Path) -> None:
