@@ -91,9 +91,11 @@ def _artefacts() -> Iterable[tuple[str, str]]:
 def _about_artefact(config: dict[str, Any]) -> str:
     policy, cr = config["policy"], config.get("cr")
     most, ratio = policy.get("max_cr"), policy.get("cr")
-    served = f"cr {ratio}" if most is None else f"dial 1 to {most:g}, set to {ratio:g}"
+    served = "" if ratio is None else f" cr {ratio}"
+    if most is not None:
+        served = f" dial 1 to {most:g}, set to {ratio:g}"
     measured = f", measured {cr:.2f}" if cr else ""
-    return f"{config['base']['id']}, {policy['name']} {served}{measured}"
+    return f"{config['base']['id']}, {policy['name']}{served}{measured}"
 
 
 def _recipes() -> Iterable[tuple[str, str]]:

@@ -13,9 +13,9 @@ from cachefold.cli import demo, explain, generate
 from cachefold.cli._artefact import SHIPPED, load, open_artefact
 from cachefold.models.fold import fold, new_cache
 from cachefold.models.hub import read_config, save_folded
-from cachefold.policies import DMC
+from cachefold.policies import DMC, DMS, GQA
 from tests.cli.conftest import Run, words
-from tests.models.tiny import forbid_loading, tiny_model
+from tests.models.tiny import forbid_loading, scramble_decisions, tiny_model
 
 ROOT = Path(__file__).parents[2]
 FOOTER = re.compile(
@@ -136,6 +136,39 @@ def test_explain_agrees_with_the_cache(cli: Run, folder: Path) -> None:
         assert int(row[9]) == sum(int(cell) for cell in row[6:9])
 
 
+def test_explain_says_of_what_drops_that_it_drops(cli: Run, folder: Path, tmp_path: Path) -> None:
+    model = fold(tiny_model(eos_token_id=0, bos_token_id=None), DMS(delay=4))
+    scramble_decisions(model)
+    base = {"id": str(folder / "base"), "revision": "local"}
+    save_folded(model, tmp_path / "dms", base=base)
+    text = words(30, seed=4)
+    result = cli("explain", "--artefact", tmp_path / "dms", text, "--dtype", "float32")
+    assert result.exit_code == 0, result.output
+    table, legend = result.stdout.split("\n\n")
+    assert not re.search("merge|open|omega", result.stdout) and "wish to drop" in legend
+    rows = [re.split(r"\s{2,}", line) for line in table.splitlines()[1:]]
+    dropped = [row[3] for row in rows if row[3] != "append"]
+    assert 0 < len(dropped) < 29
+    assert dropped == [f"drop #{int(row[0]) - 1}" for row in rows if row[3] != "append"]
+    loaded = load(open_artefact(tmp_path / "dms", "float32"))
+    ids = loaded.tokenizer(text, return_tensors="pt").input_ids
+    cache = new_cache(loaded.model)
+    for i, row in enumerate(rows):
+        loaded.model(ids[:, i : i + 1], past_key_values=cache)
+        settled, ring, kept = map(int, row[5:])
+        assert settled + ring == kept == cache.entries()[0][0, 0]
+
+
+def test_explain_refuses_what_decides_nothing(
+    cli: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = {"id": str(folder / "base"), "revision": "local"}
+    save_folded(fold(tiny_model(), GQA(kv_heads=1)), tmp_path / "gqa", base=base)
+    forbid_loading(monkeypatch)
+    result = cli("explain", "w1", "--artefact", tmp_path / "gqa")
+    assert result.exit_code == 2 and "policy gqa, which decides nothing" in result.stderr
+
+
 def test_explain_refuses(cli: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     forbid_loading(monkeypatch)
     args = ("explain", "--artefact", folder / "artefact")
@@ -200,12 +233,16 @@ def test_ls(cli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (artefact.parents[1] / "y").mkdir()
     config = {"base": {"id": "b"}, "policy": {"name": "dmc", "cr": 4, "max_cr": 12}, "cr": 3.96}
     (artefact.parents[1] / "y/cachefold.json").write_text(json.dumps(config))
+    (artefact.parents[1] / "z").mkdir()
+    config = {"base": {"id": "b"}, "policy": {"name": "gqa", "kv_heads": 1}, "cr": 3.0}
+    (artefact.parents[1] / "z/cachefold.json").write_text(json.dumps(config))
     (tmp_path / "artefacts/bad").mkdir(parents=True)
     (tmp_path / "artefacts/bad/cachefold.json").write_text("{")
     lines = cli("ls", "artefacts").stdout.splitlines()
     assert "can't be read" in lines[0]
     assert lines[1] == "runs/x/final   b, dmc cr 2.0, measured 2.06"
     assert lines[2] == "runs/y         b, dmc dial 1 to 12, set to 4, measured 3.96"
+    assert lines[3] == "runs/z         b, gqa, measured 3.00"
 
 
 def test_env(cli: Run) -> None:
