@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cachefold.cli._places import find as find  # for eval
+from cachefold.cli._places import find_artefact
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -18,7 +21,6 @@ MEBI = 1024 * 1024
 LONG = 1024
 """Tokens at which the ratios of a dial are meant, unless it was calibrated otherwise."""
 SHIPPED = Path("artefacts/smollm2-135m-dial-wide")
-REPOSITORY = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +49,13 @@ class Loaded:
     config: dict[str, Any]
 
 
-def find(path: Path) -> Path:
-    """The path from the working folder, else the same beside the code."""
-    beside = REPOSITORY / path
-    return beside if not path.exists() and beside.exists() else path
-
-
 def open_artefact(
     folder: Path, dtype: str = "bfloat16", cr: float | None = None, preset: str | None = None
 ) -> Artefact:
     """Finds an artefact and checks what is asked of it, before anything slow is loaded.
 
     Args:
-        folder: of the artefact.
+        folder: of the artefact, or its name; see `find_artefact`.
         dtype: of the base model.
         cr: ratio to set a dial to; None = as it is.
         preset: kind of text a dial was calibrated for; None = `bulk`.
@@ -67,8 +63,9 @@ def open_artefact(
     Raises:
         ValueError: no artefact, unknown dtype, or a ratio or preset that the model doesn't serve.
     """
-    folder = find(folder)
-    _check_words(folder, dtype)  # before the slow imports
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+    folder = find_artefact(folder)  # before the slow imports
     from cachefold.core.dial import Dial
     from cachefold.models.dial import check_dial
     from cachefold.models.hub import read_config
@@ -106,16 +103,6 @@ def load(artefact: Artefact, *, merge: bool = False) -> Loaded:
     if merge:
         merge_weights(model)
     return Loaded(model, tokenizer, artefact.config)
-
-
-def _check_words(folder: Path, dtype: str) -> None:
-    if dtype not in DTYPES:
-        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
-    if not (folder / "cachefold.json").is_file():
-        raise ValueError(
-            f"{folder} is no cachefold artefact: cachefold.json is missing. `cachefold ls "
-            "artefacts` shows those nearby; `cachefold retrofit` makes one (RUN/final)"
-        )
 
 
 def _check_revision(config: dict[str, Any], base: PreTrainedModel) -> None:

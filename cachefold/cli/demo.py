@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cachefold.cli._artefact import SHIPPED, find
+from cachefold.cli._artefact import SHIPPED
+from cachefold.cli._places import find
 
 if TYPE_CHECKING:
     from cachefold.cache.folded import FoldedCache
@@ -20,7 +21,7 @@ NEW_TOKENS = 60
 
 def run(
     artefact: Annotated[
-        Path, typer.Option(help="Folder that a retrofit wrote; sought here, then beside the code.")
+        Path, typer.Option(help="Folder that a retrofit wrote, or its name.")
     ] = SHIPPED,
     out: Annotated[Path, typer.Option(help="Folder for summary.json.")] = Path("runs/demo"),
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of the document to read.")] = 1600,

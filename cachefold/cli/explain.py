@@ -39,7 +39,9 @@ def run(
     text: Annotated[str, typer.Argument(help="Text to look at.")],
     layer: Annotated[int, typer.Option(help="Layer, from 0.")] = 0,
     head: Annotated[int, typer.Option(help="Key-value head, from 0.")] = 0,
-    artefact: Annotated[Path, typer.Option(help="Folder that a retrofit wrote.")] = SHIPPED,
+    artefact: Annotated[
+        Path, typer.Option(help="Folder that a retrofit wrote, or its name.")
+    ] = SHIPPED,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     cr: Annotated[float | None, typer.Option(help="Ratio of an artefact with a dial.")] = None,
     preset: Annotated[

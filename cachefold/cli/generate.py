@@ -29,7 +29,9 @@ def run(
     chat: Annotated[
         bool, typer.Option("--chat", help="Put the prompt into the chat template.")
     ] = False,
-    artefact: Annotated[Path, typer.Option(help="Folder that a retrofit wrote.")] = SHIPPED,
+    artefact: Annotated[
+        Path, typer.Option(help="Folder that a retrofit wrote, or its name.")
+    ] = SHIPPED,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     cr: Annotated[float | None, typer.Option(help="Ratio of an artefact with a dial.")] = None,
     preset: Annotated[

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cachefold.cli import demo, explain, generate
+from cachefold.cli import _places, demo, explain, generate
 from cachefold.cli._artefact import SHIPPED, load, open_artefact
 from cachefold.models.fold import fold, new_cache
 from cachefold.models.hub import read_config, save_folded
@@ -217,7 +217,7 @@ def test_ls(cli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert backends[-1] == "reference  yes"
     assert "Did you mean 'policies'?" in cli("ls", "polices").stderr
     monkeypatch.chdir(tmp_path)
-    assert "no recipes found" in cli("ls", "recipes").stdout
+    monkeypatch.setattr(_places, "REPOSITORY", tmp_path)
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes/a.yaml").write_text("# Half the cache.\nmodel: x\n")
     (tmp_path / "recipes/b.yaml").write_text("# In 1.5 hours, as\n# before. Not\n# shipped.\n")
