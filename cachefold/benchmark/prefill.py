@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cachefold.benchmark import imposed, memory
-from cachefold.benchmark.config import BenchConfig, check_room
+from cachefold.benchmark.config import BenchConfig
 from cachefold.benchmark.machine import device, set_threads
 from cachefold.benchmark.models import Pair, make_pair
 from cachefold.benchmark.parity import check_backend
@@ -59,10 +59,8 @@ def measure(config: BenchConfig, pairs: list[Pair]) -> Iterator[dict[str, Any]]:
 
     Raises:
         ParityError: the backend differs from the reference.
-        ValueError: a ratio that a context can't reach.
     """
     grid = config.grid("prefill")
-    check_room(grid.context, grid.cr, pairs[0].shape.delay)
     for context in grid.context:
         for batch in grid.batch:
             asked = Case(batch, context, grid.cr[-1], config.seed)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cachefold.attention.call import PagedCall, StepCall, entries_have_bias, open_bias
+from cachefold.benchmark.config import DELAY
 from cachefold.core.rotary import rotate
 from cachefold.core.tokens import Tokens
 
@@ -35,14 +36,14 @@ class Shape:
     heads: int = 9
     kv_heads: int = 3
     head_dim: int = 64
-    delay: int = 16
+    delay: int = DELAY
     page_size: int = 16
     rope_theta: float = 100_000.0
     proportional: bool = False
     """Entries have a bias, one more channel of their keys."""
 
     @classmethod
-    def of(cls, config: Any, delay: int = 16, *, proportional: bool = False) -> Shape:
+    def of(cls, config: Any, delay: int = DELAY, *, proportional: bool = False) -> Shape:
         """The shape of a model, from its transformers config."""
         text = config.get_text_config(decoder=True)
         heads = text.num_attention_heads

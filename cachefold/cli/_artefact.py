@@ -7,17 +7,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cachefold.cli._places import find as find  # for eval
+from cachefold.cli._places import find_artefact
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from cachefold.cache.folded import FoldedCache
+    from cachefold.policies.base import Policy
 
 DTYPES = ("bfloat16", "float16", "float32")
 MEBI = 1024 * 1024
 LONG = 1024
 """Tokens at which the ratios of a dial are meant, unless it was calibrated otherwise."""
 SHIPPED = Path("artefacts/smollm2-135m-dial-wide")
-REPOSITORY = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True, slots=True)
+class Artefact:
+    """An artefact that is there, and what is asked of it, which it serves; no model is loaded."""
+
+    folder: Path
+    config: dict[str, Any]
+    policy: Policy
+    dtype: str
+    cr: float | None
+    preset: str | None
+
+    @property
+    def base(self) -> str:
+        """Zoo name, folder or hub id of its base model."""
+        return str(self.config["base"]["id"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,58 +49,60 @@ class Loaded:
     config: dict[str, Any]
 
 
-def find(path: Path) -> Path:
-    """The path from the working folder, else the same beside the code."""
-    beside = REPOSITORY / path
-    return beside if not path.exists() and beside.exists() else path
-
-
-def load_artefact(
-    folder: Path, dtype: str = "bfloat16", cr: float | None = None, preset: str | None = None,
-    merge: bool = False,
-) -> Loaded:  # fmt: skip
-    """Loads an artefact and its base model (zoo name, folder or hub id), on CUDA when there.
+def open_artefact(
+    folder: Path, dtype: str = "bfloat16", cr: float | None = None, preset: str | None = None
+) -> Artefact:
+    """Finds an artefact and checks what is asked of it, before anything slow is loaded.
 
     Args:
-        folder: of the artefact.
+        folder: of the artefact, or its name; see `find_artefact`.
         dtype: of the base model.
         cr: ratio to set a dial to; None = as it is.
         preset: kind of text a dial was calibrated for; None = `bulk`.
+
+    Raises:
+        ValueError: no artefact, unknown dtype, or a ratio or preset that the model doesn't serve.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+    folder = find_artefact(folder)  # before the slow imports
+    from cachefold.core.dial import Dial
+    from cachefold.models.dial import check_dial
+    from cachefold.models.hub import read_config
+    from cachefold.policies import get_policy
+
+    config = read_config(folder)
+    policy = get_policy(**config["policy"])
+    check_dial(policy, Dial(config.get("dial", {})), cr, preset)
+    return Artefact(folder, config, policy, dtype, cr, preset)
+
+
+def load(artefact: Artefact, *, merge: bool = False) -> Loaded:
+    """Loads an artefact on its base model (zoo name, folder or hub id), on CUDA when there.
+
+    Args:
+        artefact: as `open_artefact` gives it.
         merge: add the adapters into the weights, where nothing is compared with the dense model.
 
     Raises:
-        ValueError: no artefact, unknown dtype, a ratio or preset that the model doesn't serve, or
-            the base model can't be loaded.
+        ValueError: the base model can't be loaded, or the weights don't fit it.
     """
-    folder = find(folder)
-    _check_words(folder, dtype)  # before the slow imports
     import torch
     from transformers.utils import logging
 
     from cachefold.models.fold import merge_weights
-    from cachefold.models.hub import load_folded, read_config
+    from cachefold.models.hub import load_folded
     from cachefold.zoo import load_base
 
-    config = read_config(folder)
     logging.disable_progress_bar()
-    base, tokenizer = load_base(str(config["base"]["id"]), getattr(torch, dtype))
-    _check_revision(config, base)
-    model: Any = load_folded(folder, base, cr=cr, preset=preset)
+    base, tokenizer = load_base(artefact.base, getattr(torch, artefact.dtype))
+    _check_revision(artefact.config, base)
+    model: Any = load_folded(artefact.folder, base, cr=artefact.cr, preset=artefact.preset)
     if torch.cuda.is_available():
         model.to("cuda")
     if merge:
         merge_weights(model)
-    return Loaded(model, tokenizer, config)
-
-
-def _check_words(folder: Path, dtype: str) -> None:
-    if dtype not in DTYPES:
-        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
-    if not (folder / "cachefold.json").is_file():
-        raise ValueError(
-            f"{folder} is no cachefold artefact: cachefold.json is missing. `cachefold ls "
-            "artefacts` shows those nearby; `cachefold retrofit` makes one (RUN/final)"
-        )
+    return Loaded(model, tokenizer, artefact.config)
 
 
 def _check_revision(config: dict[str, Any], base: PreTrainedModel) -> None:
@@ -109,11 +131,10 @@ def greedy_or_sample(model: PreTrainedModel, temperature: float) -> dict[str, An
 
     For greedy, defaults of the model that only sampling knows are dropped: transformers warns.
 
-    Raises:
-        ValueError: negative temperature.
+    Args:
+        model: to write with.
+        temperature: >= 0.
     """
-    if temperature < 0:
-        raise ValueError(f"--temperature must be >= 0, got {temperature}")
     if temperature > 0:
         return {"do_sample": True, "temperature": temperature}
     for name in ("temperature", "top_p", "top_k"):

@@ -21,15 +21,19 @@ def run(
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
 ) -> None:
     """Measure a dial on your own text and keep the result in the artefact as a preset."""
-    from cachefold.cli._artefact import find, load_artefact
-    from cachefold.models.calibration import calibrate
+    from cachefold.cli._artefact import load, open_artefact
+    from cachefold.models.calibration import calibrate, check_has_dial
     from cachefold.models.hub import update_config
-    from cachefold.text import evenly_spaced, load_blocks
+    from cachefold.text import check_file, evenly_spaced, load_blocks
 
-    loaded = load_artefact(artefact, dtype)
+    opened = open_artefact(artefact, dtype)
+    check_has_dial(opened.policy)
+    for file in files:
+        check_file(file)
+    loaded = load(opened)
     blocks = evenly_spaced(load_blocks(files, loaded.tokenizer, tokens), texts)
     table = calibrate(loaded.model, {preset: blocks})[preset]
-    update_config(find(artefact), {"dial": loaded.config.get("dial", {}) | {preset: table}})
-    print(f"preset {preset}, {len(blocks)} texts of {tokens} tokens, written to {artefact}")
+    update_config(opened.folder, {"dial": loaded.config.get("dial", {}) | {preset: table}})
+    print(f"preset {preset}, {len(blocks)} texts of {tokens} tokens, written to {opened.folder}")
     for ratio, position in table:
         print(f"position {position:+.1f}  cr {ratio:.2f}")

@@ -14,11 +14,11 @@ def run(
     name: Annotated[str, typer.Option(help="Of the artefact; without, that of its folder.")] = "",
 ) -> None:
     """Write README.md beside an artefact: what it is, how it was made, what was measured."""
-    from cachefold.cli._artefact import find
+    from cachefold.cli._places import find_artefact
     from cachefold.retrofit.card import CARD, CURVE, HELDOUT, card, tables_of
     from cachefold.retrofit.run import FINAL
 
-    folder = find(artefact)
+    folder = find_artefact(artefact)
     path = folder.resolve()
     name = name or (path.parent.name if path.name == FINAL else path.name)
     card(folder, name)  # what is missing is said before anything is written

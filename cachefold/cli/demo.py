@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cachefold.cli._artefact import SHIPPED, find
+from cachefold.cli._artefact import SHIPPED
+from cachefold.cli._places import find
 
 if TYPE_CHECKING:
     from cachefold.cache.folded import FoldedCache
@@ -20,7 +21,7 @@ NEW_TOKENS = 60
 
 def run(
     artefact: Annotated[
-        Path, typer.Option(help="Folder that a retrofit wrote; sought here, then beside the code.")
+        Path, typer.Option(help="Folder that a retrofit wrote, or its name.")
     ] = SHIPPED,
     out: Annotated[Path, typer.Option(help="Folder for summary.json.")] = Path("runs/demo"),
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of the document to read.")] = 1600,
@@ -39,10 +40,11 @@ def run(
     if data / document not in files:
         names = ", ".join(file.name for file in files) or "no .jsonl or .jsonl.gz file"
         raise ValueError(f"--document {document} is not in --data {data}; there: {names}")
-    print(f"loading {artefact}", flush=True)
-    from cachefold.cli._artefact import load_artefact
+    from cachefold.cli._artefact import load, open_artefact
 
-    loaded = load_artefact(artefact, cr=cr, preset=preset)
+    opened = open_artefact(artefact, cr=cr, preset=preset)
+    print(f"loading {artefact}", flush=True)
+    loaded = load(opened)
     cache = _continue(loaded, data / document, tokens)
     summary = {**_facts(loaded, cache), **_losses(loaded, files, pieces, piece_tokens)}
     out.mkdir(parents=True, exist_ok=True)

@@ -24,12 +24,14 @@ def run(
         Path | None, typer.Option(help="File with the text to continue; - for stdin.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 = greedy.")] = 0.0,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 = greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     chat: Annotated[
         bool, typer.Option("--chat", help="Put the prompt into the chat template.")
     ] = False,
-    artefact: Annotated[Path, typer.Option(help="Folder that a retrofit wrote.")] = SHIPPED,
+    artefact: Annotated[
+        Path, typer.Option(help="Folder that a retrofit wrote, or its name.")
+    ] = SHIPPED,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     cr: Annotated[float | None, typer.Option(help="Ratio of an artefact with a dial.")] = None,
     preset: Annotated[
@@ -38,9 +40,9 @@ def run(
 ) -> None:
     """Continue a prompt, then say what the cache kept."""
     text = _read_prompt(prompt, prompt_file)
-    from cachefold.cli._artefact import load_artefact
+    from cachefold.cli._artefact import load, open_artefact
 
-    loaded = load_artefact(artefact, dtype, cr, preset, merge=True)
+    loaded = load(open_artefact(artefact, dtype, cr, preset), merge=True)
     import torch
 
     from cachefold.models.fold import new_cache

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cachefold.cli._places import CONFIG, REPOSITORY, list_artefacts, list_recipes
 from cachefold.core.names import closest
 
 KINDS = ("models", "policies", "codecs", "tasks", "backends", "artefacts", "recipes")
@@ -28,7 +29,7 @@ def run(
     }[what]()  # fmt: skip
     lines = list(rows)
     if not lines:
-        print(f"no {what} found below {Path.cwd()}")
+        print(f"no {what} found below {Path.cwd()}, nor below {REPOSITORY}")
     width = max((len(name) for name, _ in lines), default=0)
     for name, about in lines:
         print(f"{name.ljust(width)}  {about}".rstrip())
@@ -78,26 +79,27 @@ def _backends() -> Iterable[tuple[str, str]]:
 
 
 def _artefacts() -> Iterable[tuple[str, str]]:
-    found = [*Path("artefacts").glob("*/cachefold.json"), *Path("runs").glob("*/cachefold.json")]
-    for path in sorted([*found, *Path("runs").glob("*/final/cachefold.json")]):
+    for folder in list_artefacts().values():
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
+            config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
             about = _about_artefact(config)
         except (ValueError, KeyError, TypeError) as error:
             about = f"can't be read: {error}"
-        yield str(path.parent), about
+        yield str(folder), about
 
 
 def _about_artefact(config: dict[str, Any]) -> str:
     policy, cr = config["policy"], config.get("cr")
     most, ratio = policy.get("max_cr"), policy.get("cr")
-    served = f"cr {ratio}" if most is None else f"dial 1 to {most:g}, set to {ratio:g}"
+    served = "" if ratio is None else f" cr {ratio}"
+    if most is not None:
+        served = f" dial 1 to {most:g}, set to {ratio:g}"
     measured = f", measured {cr:.2f}" if cr else ""
-    return f"{config['base']['id']}, {policy['name']} {served}{measured}"
+    return f"{config['base']['id']}, {policy['name']}{served}{measured}"
 
 
 def _recipes() -> Iterable[tuple[str, str]]:
-    for path in sorted(Path("recipes").glob("*.yaml")):
+    for path in list_recipes().values():
         yield str(path), _first_sentence(path.read_text(encoding="utf-8"))
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cachefold.core.names import closest
+from cachefold.cli._places import ARTEFACTS, RECIPES, find, find_recipe, list_recipes
 
 if TYPE_CHECKING:
     from cachefold.retrofit.config import RetrofitConfig
@@ -40,7 +40,8 @@ def run(
     """Run a recipe again, measure the result and print it beside what is shipped."""
     from cachefold.retrofit.config import load_recipe
 
-    recipe, artefact = _find(name)
+    recipe = _find(name)
+    name, artefact = recipe.stem, find(ARTEFACTS / recipe.stem)
     _check_changes(overrides or [], shipped, out)
     out = out or Path("runs/reproduce") / (f"{name}-shipped" if shipped else name)
     config = replace(load_recipe(recipe, overrides or []), output_dir=str(out))
@@ -54,18 +55,15 @@ def run(
         _compare(artefact, tables)
 
 
-def _find(name: str) -> tuple[Path, Path]:
-    """Recipe of a retrofit, and folder of its artefact where it is shipped."""
-    from cachefold.cli._artefact import find
-
-    recipe = find(Path("recipes") / f"{name}.yaml")
-    if not recipe.is_file():
-        names = sorted(path.stem for path in find(Path("recipes")).glob("*.yaml"))
+def _find(name: str) -> Path:
+    """The recipe, one of those whose results may be shipped."""
+    recipe = find_recipe(Path(name))
+    if recipe.resolve() not in [path.resolve() for path in list_recipes().values()]:
         raise ValueError(
-            f"no recipe {name!r}.{closest(name, names)} There are: "
-            f"{', '.join(names) or 'none; run this inside a clone of the repository'}"
+            f"{name} is not in {RECIPES}, so that nothing is recorded of it; `cachefold retrofit "
+            f"{name}` trains it"
         )
-    return recipe, find(Path("artefacts") / name)
+    return recipe
 
 
 def _check_changes(overrides: list[str], shipped: bool, out: Path | None) -> None:

@@ -8,13 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cachefold.cli._places import find_recipe
+
 if TYPE_CHECKING:
     from cachefold.retrofit.config import RetrofitConfig
 
 
 def run(
     recipe: Annotated[
-        Path, typer.Argument(help="YAML recipe; with --resume also the folder of a run.")
+        Path,
+        typer.Argument(
+            help="YAML recipe, or its name in recipes; with --resume also the folder of a run."
+        ),
     ],
     overrides: Annotated[
         list[str] | None,
@@ -65,7 +70,7 @@ def _config(recipe: Path, overrides: list[str], resume: bool) -> RetrofitConfig:
 
     path = _recipe_path(recipe, resume)
     config = load_recipe(path, overrides)
-    if path != recipe and Path(config.output_dir).resolve() != recipe.resolve():
+    if recipe.is_dir() and Path(config.output_dir).resolve() != recipe.resolve():
         raise ValueError(
             f"the run in {recipe} was started with output_dir {config.output_dir}; resume from the "
             "working folder it was started in"
@@ -75,7 +80,7 @@ def _config(recipe: Path, overrides: list[str], resume: bool) -> RetrofitConfig:
 
 def _recipe_path(recipe: Path, resume: bool) -> Path:
     if not recipe.is_dir():
-        return recipe
+        return find_recipe(recipe)
     if not resume:
         raise ValueError(f"{recipe} is a folder; add --resume to continue the run there")
     if not (recipe / "recipe.yaml").is_file():

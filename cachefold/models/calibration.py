@@ -14,6 +14,7 @@ from cachefold.core.accounting import compression_ratio
 from cachefold.models.dial import has_dial
 from cachefold.models.generation import new_cache
 from cachefold.models.run import FoldRun
+from cachefold.policies.base import Policy
 
 POSITIONS = (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0)
 """Positions at which a calibration measures the ratio first, as far as the dial goes."""
@@ -47,6 +48,16 @@ def reached_counts(model: Any, texts: Tensor, position: float | None = None) -> 
     return seen, kept
 
 
+def check_has_dial(policy: Policy | None) -> None:
+    """Refuses the policy of a model that has no dial to calibrate (None: it is not folded).
+
+    Raises:
+        ValueError: there is none.
+    """
+    if policy is None or not has_dial(policy):
+        raise ValueError(f"there is no dial to calibrate (policy.max_cr): the policy is {policy}")
+
+
 def calibrate(
     model: PreTrainedModel, texts: Mapping[str, Tensor]
 ) -> dict[str, list[tuple[float, float]]]:
@@ -62,9 +73,7 @@ def calibrate(
     Raises:
         ValueError: the model has no dial, or its ratio hardly moves with it.
     """
-    policy: Any = getattr(model, "_cachefold_policy", None)
-    if policy is None or not has_dial(policy):
-        raise ValueError(f"there is no dial to calibrate (policy.max_cr): the policy is {policy}")
+    check_has_dial(getattr(model, "_cachefold_policy", None))
     return {name: _table(model, name, blocks) for name, blocks in texts.items()}
 
 

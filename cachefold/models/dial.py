@@ -25,21 +25,20 @@ def has_dial(policy: Policy) -> bool:
     return not isinstance(policy, BudgetPolicy) and policy.max_cr is not None
 
 
-def check_dial(model: Any, cr: float | None, preset: str | None, dial: Dial | None = None) -> None:
-    """Refuses a ratio or preset that a model doesn't serve.
+def check_dial(policy: Any, dial: Dial, cr: float | None, preset: str | None) -> None:
+    """Refuses a ratio or preset that models of a policy don't serve; takes no model.
 
     Args:
-        model: folded.
+        policy: of the model, a `Policy`.
+        dial: calibration that has to know the preset.
         cr: ratio asked for; None = none.
         preset: kind of text asked for; None = none.
-        dial: calibration that has to know the preset; None = the model's own.
 
     Raises:
-        ValueError: the model has no dial, the ratio is out of its range, or an unknown preset.
+        ValueError: there is no dial, the ratio is out of its range, or an unknown preset.
     """
     if cr is None and preset is None:
         return
-    policy: Any = model._cachefold_policy
     if not has_dial(policy):
         asked = " and ".join(
             f"{name}={value}"
@@ -58,7 +57,7 @@ def check_dial(model: Any, cr: float | None, preset: str | None, dial: Dial | No
             f"{cr!r}"
         )
     if preset is not None:
-        (dial or model._cachefold_dial).table(preset)
+        dial.table(preset)
 
 
 def with_position(model: Any, run: FoldRun, cache: FoldedCache | None) -> FoldRun:
@@ -105,8 +104,8 @@ def turn_dial(
         ValueError: a ratio or preset that the model does not serve; nothing was changed.
     """
     dial = Dial(tables, preset or DEFAULT_PRESET)
-    check_dial(model, cr, preset, dial)
     state: Any = model
+    check_dial(state._cachefold_policy, dial, cr, preset)
     state._cachefold_dial = dial
     if cr is not None:
         policy = state._cachefold_policy = replace(state._cachefold_policy, cr=cr)

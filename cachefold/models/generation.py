@@ -107,7 +107,7 @@ def new_cache(
     state: Any = model
     policy: Policy = state._cachefold_policy
     codec = codec or state._cachefold_codec
-    check_dial(model, cr, preset)
+    check_dial(policy, state._cachefold_dial, cr, preset)
     if isinstance(policy, BudgetPolicy):
         _check_evicting(policy.name, page_size, backend)
         return FoldedCache(
@@ -166,7 +166,7 @@ def supply_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     check_cache(cache)
     if cache is not None:
         _check_policy(policy, cache)
-        check_dial(model, cache.cr, cache.preset)
+        check_dial(policy, model._cachefold_dial, cache.cr, cache.preset)
     use_cache = kwargs.get("use_cache")
     if use_cache is None:
         # Only hard decisions can be carried out in a cache.

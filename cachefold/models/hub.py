@@ -184,6 +184,21 @@ def artefact_digest(folder: str | Path) -> str:
     return "-".join(parts)
 
 
+def refuse_artefact(folder: str | Path) -> None:
+    """Refuses the folder of an artefact where a base model is wanted; it lies as models lie.
+
+    Raises:
+        ValueError: it is one, with its base model.
+    """
+    if (Path(folder) / CONFIG).is_file() and not (Path(folder) / "config.json").is_file():
+        base = read_config(folder)["base"].get("id")
+        raise ValueError(
+            f"{folder} is an artefact of base model {base}, and a base model is wanted here: pass "
+            f"{base}. An artefact is for load_folded(folder, base), `cachefold generate "
+            "--artefact` or `init` of a recipe"
+        )
+
+
 def load_folded(
     folder: str | Path,
     base_model: PreTrainedModel,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -13,7 +14,7 @@ from torch.utils.data import Dataset
 from cachefold.core.dial import DEFAULT_PRESET
 from cachefold.retrofit.config import DataConfig
 from cachefold.retrofit.recall import recall_texts
-from cachefold.text import Row, TextError, evenly_spaced, pack_rows, read_file
+from cachefold.text import Row, TextError, check_file, evenly_spaced, pack_rows, read_file
 
 _ADVICE = {
     "files": "check data.files",
@@ -55,6 +56,29 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """`input_ids` (seq_len,) int64."""
         return {"input_ids": self.blocks[self.order[index]]}
+
+
+def check_text(data: DataConfig) -> None:
+    """Refuses a recipe whose text can't be there, without reading any.
+
+    Raises:
+        ValueError: it names none, a file is missing or of another type, or the `datasets` library
+            is needed and missing.
+    """
+    if data.dataset:
+        try:
+            importlib.import_module("datasets")
+        except ImportError as error:
+            raise ValueError(
+                f"data.dataset {data.dataset!r} needs the datasets library: pip install datasets"
+            ) from error
+    elif not data.files:
+        raise ValueError("the recipe names no text: set data.files, or data.dataset")
+    for file in data.files:
+        try:
+            check_file(file)
+        except TextError as error:
+            raise ValueError(f"training data: {error}; {_ADVICE[error.about]}") from error
 
 
 def load_blocks(data: DataConfig, tokenizer: Any) -> Tensor:
@@ -144,11 +168,10 @@ def split_held_out(blocks: Tensor, held_out: int) -> tuple[Tensor, Tensor]:
 
 
 def _rows(data: DataConfig) -> Iterator[Row]:
+    check_text(data)
     if data.dataset:
         yield from _dataset_rows(data.dataset, data.split)
         return
-    if not data.files:
-        raise ValueError("the recipe names no text: set data.files, or data.dataset")
     for file in data.files:
         yield from read_file(file)
 
@@ -179,11 +202,7 @@ def _prose(fields: dict[str, Any], text_field: str) -> str:
 
 
 def _dataset_rows(name: str, split: str) -> Iterator[Row]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ValueError(
-            f"data.dataset {name!r} needs the datasets library: pip install datasets"
-        ) from error
+    import datasets
+
     for number, row in enumerate(datasets.load_dataset(name, split=split)):
         yield f"{name}[{number}]", row

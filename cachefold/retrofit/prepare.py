@@ -95,19 +95,21 @@ def spare_heads(
         decision.spare(head, end)
 
 
-def start_from(model: PreTrainedModel, config: RetrofitConfig) -> None:
-    """Copies the weights of the artefact `config.init` into a prepared model.
+def check_init(config: RetrofitConfig) -> dict[str, Any]:
+    """Refuses an artefact `config.init` that the recipe can't start from, by its config alone.
 
-    A dial and proportional attention may be new, and all that decides where only heads were pooled
-    before (`gqa`): what they learn then starts at its default. A dial that goes on as a single
-    ratio starts as it was at that ratio.
+    Returns:
+        The config of the artefact.
 
     Raises:
         ValueError: no artefact there, one of another base, policy or LoRA rank, or a dial that ends
             below the ratio.
     """
     assert config.init is not None
-    artefact = read_config(config.init)
+    try:
+        artefact = read_config(config.init)
+    except ValueError as error:
+        raise ValueError(f"init: {error}; `cachefold ls artefacts` shows what is there") from error
     policy = config.build_policy()
     before = artefact["policy"]
     pooled = before["name"] == GQA.name and before["kv_heads"] == policy.kv_heads
@@ -128,8 +130,23 @@ def start_from(model: PreTrainedModel, config: RetrofitConfig) -> None:
             f"init {config.init} is a dial for ratios up to {most:g}; the recipe asks for "
             f"{policy.cr:g} (policy.cr)"
         )
-    fresh = [name for name, _ in model.named_parameters() if _is_new(name, before)]
-    with _dial_settled(model, artefact, policy):
+    return artefact
+
+
+def start_from(model: PreTrainedModel, config: RetrofitConfig) -> None:
+    """Copies the weights of the artefact `config.init` into a prepared model.
+
+    A dial and proportional attention may be new, and all that decides where only heads were pooled
+    before (`gqa`): what they learn then starts at its default. A dial that goes on as a single
+    ratio starts as it was at that ratio.
+
+    Raises:
+        ValueError: as `check_init`, or the weights don't fit.
+    """
+    assert config.init is not None
+    artefact = check_init(config)
+    fresh = [name for name, _ in model.named_parameters() if _is_new(name, artefact["policy"])]
+    with _dial_settled(model, artefact, config.build_policy()):
         load_trainable_state(model, Path(config.init) / WEIGHTS, fresh=tuple(fresh))
 
 

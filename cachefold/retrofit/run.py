@@ -29,9 +29,15 @@ from cachefold.models.hub import (
 )
 from cachefold.retrofit.checkpoint import RECIPE, WEIGHTS, check_finite, check_output, claim_output
 from cachefold.retrofit.config import RetrofitConfig
-from cachefold.retrofit.data import PackedDataset, load_blocks, preset_texts, split_held_out
+from cachefold.retrofit.data import (
+    PackedDataset,
+    check_text,
+    load_blocks,
+    preset_texts,
+    split_held_out,
+)
 from cachefold.retrofit.plan import plan_retrofit
-from cachefold.retrofit.prepare import load_model, prepare
+from cachefold.retrofit.prepare import check_init, load_model, prepare
 from cachefold.retrofit.reporting import LOG
 from cachefold.retrofit.trainer import RetrofitTrainer
 from cachefold.viz import MAP
@@ -62,12 +68,12 @@ def run_retrofit(
             as it was.
         RetrofitDivergedError: loss, gradient or weights are not finite any more.
     """
-    _check_tensorboard(config)
-    check_output(config, resume)
+    plan_alone = dry_run and is_shape_only(config.model)
+    _check(config, resume, reads_text=not plan_alone)
     if dry_run:
         print(plan_retrofit(config).describe(), flush=True)
-        if is_shape_only(config.model):
-            return {}
+    if plan_alone:
+        return {}
     model, tokenizer = load_model(config)
     blocks, held_out = split_held_out(load_blocks(config.data, tokenizer), config.data.held_out)
     # Now and not after hours of training: text may be missing.
@@ -98,9 +104,15 @@ def _facts(config: RetrofitConfig, model: PreTrainedModel, sequences: int) -> di
     }
 
 
-def _check_tensorboard(config: RetrofitConfig) -> None:
+def _check(config: RetrofitConfig, resume: bool, reads_text: bool) -> None:
+    """Refuses what can be known to fail before a model is loaded and text is tokenised."""
     if config.train.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ValueError("train.tensorboard needs tensorboard: pip install tensorboard")
+    check_output(config, resume)
+    if config.init is not None:
+        check_init(config)
+    if reads_text:
+        check_text(config.data)
 
 
 def rehearse(

@@ -95,9 +95,3 @@ def test_packed_sdpa_is_the_same_attention():
     key, value = rest
     got = packed.func(query.view(2, 2, 2, 16), key, value, **packed.keywords)
     assert torch.allclose(got.flatten(1, 2)[:, :, None], plain(), atol=1e-5)
-
-
-def test_a_ratio_beyond_the_context_is_refused(reader):
-    config = BenchConfig(parts=("attention",), context=(64,), cr=(8.0,))
-    with pytest.raises(ValueError, match="at least 145"):
-        next(attention.measure(config, SMALL, reader, BANDWIDTH))

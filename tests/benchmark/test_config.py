@@ -7,7 +7,9 @@ import importlib
 
 import pytest
 
-from cachefold.benchmark.config import GRIDS, PARTS, BenchConfig, check_room, numbers
+from cachefold.benchmark.config import DELAY, GRIDS, PARTS, BenchConfig, check_room, numbers
+from cachefold.benchmark.synthetic import Shape
+from cachefold.policies import DMC
 
 
 @pytest.mark.parametrize(
@@ -46,8 +48,22 @@ def test_numbers_refuses(text):
 
 def test_room_names_a_context_that_has_room():
     with pytest.raises(ValueError, match="at least 145 or a smaller --cr"):
-        check_room([512, 128], [1.0, 8.0], delay=16)
-    check_room([145], [8.0], delay=16)
+        check_room([512, 128], [1.0, 8.0])
+    check_room([145], [8.0])
+
+
+def test_exact_tokens_are_those_of_the_usual_policy():
+    assert DELAY == DMC().delay == Shape().delay
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_ratio_out_of_reach_is_refused_before_anything_is_loaded(part):
+    options = {"parts": (part,), "context": (64,), "cr": (8.0,)}
+    if part == "llama":  # keeps every token
+        BenchConfig(**options)
+        return
+    with pytest.raises(ValueError, match="choose a context of at least 145"):
+        BenchConfig(**options)
 
 
 @pytest.mark.parametrize(

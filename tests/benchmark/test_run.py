@@ -138,6 +138,13 @@ def test_bad_input_teaches(args, message):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("part", ["--attention", "--generate", "--prefill"])
+def test_a_ratio_out_of_reach_is_told_before_anything_is_measured(part, monkeypatch):
+    monkeypatch.setattr(bench, "_run", lambda *args: pytest.fail("it began"))
+    result = _cli(part, "--context", 64, "--cr", 8)
+    assert result.exit_code == 2 and "choose a context of at least 145" in result.stderr
+
+
 def test_all_runs_every_part(monkeypatch):
     seen = []
     monkeypatch.setattr(bench, "_run", lambda config, *files: seen.append(config.parts))

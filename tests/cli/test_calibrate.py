@@ -11,7 +11,7 @@ from cachefold.models.fold import fold
 from cachefold.models.hub import read_config, save_folded, update_config
 from cachefold.policies import DMC
 from tests.cli.conftest import Run
-from tests.models.tiny import scramble_decisions, tiny_model
+from tests.models.tiny import forbid_loading, scramble_decisions, tiny_model
 
 
 @pytest.fixture
@@ -37,14 +37,34 @@ def test_calibrate_writes_a_preset(cli: Run, folder: Path, dial: Path) -> None:
     assert set(read_config(dial)["dial"]) == {"code", "bulk"}
 
 
-def test_calibrate_refuses_what_has_no_dial(cli: Run, folder: Path) -> None:
-    before = (folder / "artefact" / "cachefold.json").read_text()
-    result = cli("calibrate", folder / "artefact", folder / "data" / "one.jsonl", "--tokens", 64)
-    assert "no dial to calibrate" in result.stderr
-    assert (folder / "artefact" / "cachefold.json").read_text() == before
+def test_calibrate_refuses_before_it_loads(
+    cli: Run, folder: Path, dial: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forbid_loading(monkeypatch)
+    text = folder / "data" / "one.jsonl"
+    assert "no dial to calibrate" in cli("calibrate", folder / "artefact", text).stderr
+    assert "no text file at nosuch.txt" in cli("calibrate", dial, text, "nosuch.txt").stderr
+    assert "text files end in" in cli("calibrate", dial, text, dial / "cachefold.json").stderr
 
 
-def test_generate_and_explain_take_a_ratio(cli: Run, folder: Path, dial: Path) -> None:
+def test_a_dial_is_asked_for_what_it_serves_before_it_loads(
+    cli: Run, folder: Path, dial: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forbid_loading(monkeypatch)
+    document = ("--data", folder / "data", "--document", "one.jsonl")
+    for verb in (("generate", "--prompt", "w1"), ("explain", "w1"), ("demo", *document)):
+        for artefact, options, message in (
+            (dial, ("--cr", 20), "serves cr from 1 to 8, tokens seen / entries kept; got 20.0"),
+            (dial, ("--preset", "codes"), "unknown preset 'codes'"),
+            (folder / "artefact", ("--cr", 4), "cr=4.0: only a dial takes that"),
+            (folder / "artefact", ("--preset", "code"), "preset=code: only a dial takes that"),
+        ):
+            result = cli(*verb, "--artefact", artefact, *options)
+            assert result.exit_code == 2 and message in result.stderr
+            assert result.stdout == ""
+
+
+def test_generate_and_explain_take_a_ratio(cli: Run, dial: Path) -> None:
     prompt = " ".join(["w1 w2 w3"] * 20)
     kept = []
     for cr in (1, 8):
@@ -58,10 +78,6 @@ def test_generate_and_explain_take_a_ratio(cli: Run, folder: Path, dial: Path) -
         for cr in (1, 8)
     ]
     assert "merge" not in tables[0] and "merge" in tables[1]
-    result = cli("generate", "--prompt", prompt, "--artefact", dial, "--preset", "codes")
-    assert "unknown preset 'codes'" in result.stderr
-    result = cli("generate", "--prompt", prompt, "--artefact", folder / "artefact", "--cr", 4)
-    assert "this model has none" in result.stderr
 
 
 def test_explain_and_demo_take_a_preset_and_demo_a_ratio(
@@ -85,6 +101,3 @@ def test_explain_and_demo_take_a_preset_and_demo_a_ratio(
         assert summary["target_cr"] == dialled[1]
         reached.append((summary["cr"], summary["files"][0]["cr"]))
     assert reached[0] == reached[2] == (1, 1) and min(reached[1]) > 1.5
-    for verb in (("explain", prompt), demo):
-        refused = cli(*verb, "--artefact", dial, "--preset", "codes")
-        assert "unknown preset 'codes'" in refused.stderr

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cachefold import fold
-from cachefold.cli._artefact import load_artefact
+from cachefold.cli._artefact import load, open_artefact
 from tests.cli.conftest import Run, words
 from tests.models.megatron import write_checkpoint
 from tests.models.test_megatron import POLICY, merging_model, outcome
@@ -32,7 +32,7 @@ def test_an_imported_checkpoint_generates(cli: Run, base: Path, tmp_path: Path) 
     result = cli("import-megatron", checkpoint, "--out", out, "--hf", base)
     assert result.exit_code == 0, result.output
     assert "4 layers, iteration 2000, dmc cr 8 window 12" in result.stdout
-    loaded = load_artefact(out, "float32")
+    loaded = load(open_artefact(out, "float32"))
     assert torch.equal(outcome(loaded.model)[0], outcome(fold(original, POLICY))[0])
     assert loaded.config["imported"] == {"format": "megatron", "iteration": 2000}
     again = cli(

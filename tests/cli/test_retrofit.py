@@ -92,7 +92,7 @@ def test_failed_start_can_be_repeated(cli: Run, workspace: Path, tmp_path: Path)
 
 
 def test_no_recipe(cli: Run, tmp_path: Path) -> None:
-    assert "no recipe at" in cli("retrofit", tmp_path / "x.yaml").stderr
+    assert "no recipe" in cli("retrofit", tmp_path / "x.yaml").stderr
     assert "no run to resume" in cli("retrofit", tmp_path, "--resume").stderr
 
 

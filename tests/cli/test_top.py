@@ -50,10 +50,11 @@ def test_value_error_is_one_line(cli: Run, tmp_path: Path) -> None:
     assert "no cachefold artefact" in result.stderr and "Traceback" not in result.stderr
 
 
-def test_interrupt_exits_130(cli: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupt_exits_130(cli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("cachefold.retrofit.config.load_recipe", interrupt)
-    result = cli("retrofit", "x.yaml")
+    (tmp_path / "x.yaml").touch()
+    result = cli("retrofit", tmp_path / "x.yaml")
     assert result.exit_code == 130 and "Traceback" not in result.output

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from cachefold.cli import demo, explain, generate
-from cachefold.cli._artefact import SHIPPED, load_artefact
-from cachefold.models.fold import new_cache
-from cachefold.models.hub import read_config
+from cachefold.cli import _places, demo, explain, generate
+from cachefold.cli._artefact import SHIPPED, load, open_artefact
+from cachefold.models.fold import fold, new_cache
+from cachefold.models.hub import read_config, save_folded
+from cachefold.policies import DMC, DMS, GQA
 from tests.cli.conftest import Run, words
+from tests.models.tiny import forbid_loading, scramble_decisions, tiny_model
 
 ROOT = Path(__file__).parents[2]
 FOOTER = re.compile(
@@ -63,11 +65,14 @@ def test_generate_chat_and_seed(cli: Run, folder: Path) -> None:
         ([], "--prompt TEXT or --prompt-file"),
         (["--prompt", " "], "empty"),
         (["--prompt-file", "/nowhere/x"], "can't read --prompt-file"),
-        (["--prompt", "w1", "--temperature", "-1"], ">= 0"),
+        (["--prompt", "w1", "--temperature", "-1"], "Invalid value for '--temperature'"),
         (["--prompt", "w1", "--dtype", "int8"], "--dtype must be one of"),
     ],
 )
-def test_generate_refuses(cli: Run, folder: Path, args: list[str], message: str) -> None:
+def test_generate_refuses(
+    cli: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, args: list[str], message: str
+) -> None:
+    forbid_loading(monkeypatch)
     result = cli("generate", "--artefact", folder / "artefact", *args)
     assert result.exit_code == 2 and message in result.stderr
 
@@ -122,7 +127,7 @@ def test_explain_agrees_with_the_cache(cli: Run, folder: Path) -> None:
     assert len(rows) == 30 and rows[0][1] == text.split()[0]
     assert rows[0][4] == "append" and {row[4] for row in rows} == {"append", "merge"}
     assert rows[3][5] == "after #7" and rows[-1][5] == "not yet"
-    loaded = load_artefact(folder / "artefact", "float32")
+    loaded = load(open_artefact(folder / "artefact", "float32"))
     ids = loaded.tokenizer(text, return_tensors="pt").input_ids
     cache = new_cache(loaded.model)
     for i, row in enumerate(rows):
@@ -131,10 +136,59 @@ def test_explain_agrees_with_the_cache(cli: Run, folder: Path) -> None:
         assert int(row[9]) == sum(int(cell) for cell in row[6:9])
 
 
-def test_explain_refuses(cli: Run, folder: Path) -> None:
-    args = ("explain", "--artefact", folder / "artefact", "w1")
-    assert "folded layers: 0..1" in cli(*args, "--layer", 2, "--head", 0).stderr
-    assert "--head must be 0..1" in cli(*args, "--layer", 0, "--head", 2).stderr
+def test_explain_says_of_what_drops_that_it_drops(cli: Run, folder: Path, tmp_path: Path) -> None:
+    model = fold(tiny_model(eos_token_id=0, bos_token_id=None), DMS(delay=4))
+    scramble_decisions(model)
+    base = {"id": str(folder / "base"), "revision": "local"}
+    save_folded(model, tmp_path / "dms", base=base)
+    text = words(30, seed=4)
+    result = cli("explain", "--artefact", tmp_path / "dms", text, "--dtype", "float32")
+    assert result.exit_code == 0, result.output
+    table, legend = result.stdout.split("\n\n")
+    assert not re.search("merge|open|omega", result.stdout) and "wish to drop" in legend
+    rows = [re.split(r"\s{2,}", line) for line in table.splitlines()[1:]]
+    dropped = [row[3] for row in rows if row[3] != "append"]
+    assert 0 < len(dropped) < 29
+    assert dropped == [f"drop #{int(row[0]) - 1}" for row in rows if row[3] != "append"]
+    loaded = load(open_artefact(tmp_path / "dms", "float32"))
+    ids = loaded.tokenizer(text, return_tensors="pt").input_ids
+    cache = new_cache(loaded.model)
+    for i, row in enumerate(rows):
+        loaded.model(ids[:, i : i + 1], past_key_values=cache)
+        settled, ring, kept = map(int, row[5:])
+        assert settled + ring == kept == cache.entries()[0][0, 0]
+
+
+def test_explain_refuses_what_decides_nothing(
+    cli: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = {"id": str(folder / "base"), "revision": "local"}
+    save_folded(fold(tiny_model(), GQA(kv_heads=1)), tmp_path / "gqa", base=base)
+    forbid_loading(monkeypatch)
+    result = cli("explain", "w1", "--artefact", tmp_path / "gqa")
+    assert result.exit_code == 2 and "policy gqa, which decides nothing" in result.stderr
+
+
+def test_explain_refuses(cli: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forbid_loading(monkeypatch)
+    args = ("explain", "--artefact", folder / "artefact")
+    assert "folded layers: 0..1" in cli(*args, "w1", "--layer", 2, "--head", 0).stderr
+    for head in (-1, 2):
+        assert "--head must be 0..1" in cli(*args, "w1", "--layer", 0, "--head", head).stderr
+    assert "the text is empty" in cli(*args, " ").stderr
+
+
+def test_explain_knows_pooled_heads_and_layers_that_stay_dense(
+    cli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("Gemma3Text")
+    model.save_pretrained(tmp_path / "base")
+    base = {"id": str(tmp_path / "base"), "revision": "local"}
+    save_folded(fold(model, DMC(delay=4, kv_heads=1)), tmp_path / "pooled", base=base)
+    forbid_loading(monkeypatch)
+    args = ("explain", "w1", "--artefact", tmp_path / "pooled")
+    assert "--layer 0 does not fold; folded layers: 1..1" in cli(*args).stderr
+    assert "--head must be 0..0, got 1" in cli(*args, "--layer", 1, "--head", 1).stderr
 
 
 def test_demo_writes_a_summary(cli: Run, folder: Path, tmp_path: Path) -> None:
@@ -163,7 +217,7 @@ def test_ls(cli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert backends[-1] == "reference  yes"
     assert "Did you mean 'policies'?" in cli("ls", "polices").stderr
     monkeypatch.chdir(tmp_path)
-    assert "no recipes found" in cli("ls", "recipes").stdout
+    monkeypatch.setattr(_places, "REPOSITORY", tmp_path)
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes/a.yaml").write_text("# Half the cache.\nmodel: x\n")
     (tmp_path / "recipes/b.yaml").write_text("# In 1.5 hours, as\n# before. Not\n# shipped.\n")
@@ -179,12 +233,16 @@ def test_ls(cli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (artefact.parents[1] / "y").mkdir()
     config = {"base": {"id": "b"}, "policy": {"name": "dmc", "cr": 4, "max_cr": 12}, "cr": 3.96}
     (artefact.parents[1] / "y/cachefold.json").write_text(json.dumps(config))
+    (artefact.parents[1] / "z").mkdir()
+    config = {"base": {"id": "b"}, "policy": {"name": "gqa", "kv_heads": 1}, "cr": 3.0}
+    (artefact.parents[1] / "z/cachefold.json").write_text(json.dumps(config))
     (tmp_path / "artefacts/bad").mkdir(parents=True)
     (tmp_path / "artefacts/bad/cachefold.json").write_text("{")
     lines = cli("ls", "artefacts").stdout.splitlines()
     assert "can't be read" in lines[0]
     assert lines[1] == "runs/x/final   b, dmc cr 2.0, measured 2.06"
     assert lines[2] == "runs/y         b, dmc dial 1 to 12, set to 4, measured 3.96"
+    assert lines[3] == "runs/z         b, gqa, measured 3.00"
 
 
 def test_env(cli: Run) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import transformers
 from torch import nn
@@ -36,6 +37,12 @@ def tiny_model(family: str = "Llama", **changes) -> nn.Module:
     name = "Gemma3ForCausalLM" if family == "Gemma3Text" else f"{family}ForCausalLM"
     torch.manual_seed(0)
     return getattr(transformers, name)(config).eval()
+
+
+def forbid_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on a test fails that loads a model or a tokenizer."""
+    for kind in (transformers.AutoTokenizer, transformers.AutoModelForCausalLM):
+        monkeypatch.setattr(kind, "from_pretrained", lambda *args, **kwargs: pytest.fail("loaded"))
 
 
 def scramble_decisions(model: nn.Module, seed: int = 1) -> None:

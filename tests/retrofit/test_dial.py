@@ -18,6 +18,7 @@ from cachefold.retrofit.prepare import load_model, prepare
 from cachefold.retrofit.run import run_retrofit
 from cachefold.retrofit.schedule import RetrofitSchedule
 from cachefold.zoo import load_base
+from tests.models.tiny import forbid_loading
 from tests.retrofit.tiny import WORDS, make_tokenizer, recipe
 
 DIAL = {"name": "dmc", "cr": 2, "max_cr": 6, "delay": 4}
@@ -112,12 +113,13 @@ def test_other_heads_than_were_pooled_are_refused(
     [
         ({"policy": {"name": "dms", "cr": 2, "delay": 4}}, "asks for .*dms"),
         ({"train": {"lora_rank": 4}}, "LoRA rank 8"),
-        ({"init": "nowhere"}, "no cachefold artefact"),
+        ({"init": "nowhere"}, "init: nowhere is no cachefold artefact.*`cachefold ls artefacts`"),
     ],
 )
-def test_an_artefact_of_another_kind_is_refused(
-    workspace: Path, fixed: Path, change: dict, message: str
+def test_an_artefact_of_another_kind_is_refused_before_a_model_is_loaded(
+    workspace: Path, fixed: Path, monkeypatch: pytest.MonkeyPatch, change: dict, message: str
 ) -> None:
+    forbid_loading(monkeypatch)
     values = dial_recipe(workspace, "refused", fixed)
     for key, value in change.items():
         values[key] = {**values[key], **value} if key == "train" else value

@@ -15,6 +15,7 @@ from cachefold.retrofit.config import RetrofitConfig, from_dict
 from cachefold.retrofit.prepare import load_model, prepare
 from cachefold.retrofit.run import finish, run_retrofit
 from cachefold.retrofit.trainer import RetrofitDivergedError, RetrofitTrainer
+from tests.models.tiny import forbid_loading
 from tests.retrofit.tiny import recipe
 
 
@@ -137,6 +138,22 @@ def test_a_failed_start_leaves_the_folder_free(
             run_retrofit(from_dict(values))
     assert not list((workspace / f"failed-{failure}").glob("*"))
     assert run_retrofit(good)["steps"] == 2
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_text_that_is_not_there_is_told_before_a_model_is_loaded(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, dry_run: bool
+) -> None:
+    forbid_loading(monkeypatch)
+    values = recipe(workspace, "no-text")
+    for files, message in (
+        ([*values["data"]["files"], "nosuch.jsonl"], "no text file at nosuch.*check data.files"),
+        ([str(workspace / "model" / "config.json")], "text files end in .*check data.files"),
+        ([], "names no text: set data.files"),
+    ):
+        values["data"]["files"] = files
+        with pytest.raises(ValueError, match=message):
+            run_retrofit(from_dict(values), dry_run=dry_run)
 
 
 def test_a_model_that_is_not_there_is_a_value_error(workspace: Path) -> None:
