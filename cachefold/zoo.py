@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 
 from cachefold.bases import BASES, BaseModel
 from cachefold.core.names import closest
+from cachefold.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -131,12 +132,19 @@ def base_revision(name_or_path: str, model: PreTrainedModel) -> str:
         model: what it returned.
 
     Returns:
-        `distribution==version` of the package of a short name, the commit on the hub, or `local`.
+        `distribution==version` of the package of a short name, the commit on the hub, `local:` and
+        a digest of the weights in a folder, or `local` where nothing tells them apart.
     """
+    from cachefold.models.hub import LOCAL
+
     base = BASES.get(name_or_path)
     if base is not None and gguf_parts(base):
         return f"{base.distribution}=={importlib.metadata.version(base.distribution)}"
-    return getattr(model.config, "_commit_hash", None) or "local"
+    commit: str | None = getattr(model.config, "_commit_hash", None)
+    if commit:
+        return commit
+    found = fingerprint(Path(name_or_path))
+    return f"{LOCAL}:{found}" if found else LOCAL
 
 
 def _locate(name: str) -> str:

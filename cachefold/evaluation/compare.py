@@ -22,7 +22,7 @@ from cachefold.evaluation.settings import EvalSettings
 from cachefold.evaluation.store import claim, kept
 from cachefold.evaluation.subject import Subject
 from cachefold.evaluation.task import get_task
-from cachefold.models.hub import ANY_REVISION, read_config
+from cachefold.models.hub import fits_revision, read_config
 from cachefold.zoo import base_revision, load_base
 
 logger = logging.getLogger(__name__)
@@ -187,7 +187,7 @@ class Comparison:
         if method.artefact is None:
             return
         made = read_config(method.artefact)["base"].get("revision")
-        if made not in (self.report["revision"], ANY_REVISION):
+        if not fits_revision(made, self.report["revision"]):
             self.report["notes"].append(
                 f"{method.name} was made on revision {made} of the base model; this is "
                 f"{self.report['revision']}."

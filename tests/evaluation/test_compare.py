@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from cachefold.evaluation import compare as module
 from cachefold.evaluation import measure
@@ -16,7 +18,7 @@ from cachefold.evaluation.naming import Naming, parse_methods
 from cachefold.evaluation.settings import EvalSettings
 from cachefold.evaluation.task import Estimate
 from cachefold.models.fold import fold
-from cachefold.models.hub import save_folded
+from cachefold.models.hub import save_folded, update_config
 from cachefold.models.lora import add_lora
 from cachefold.policies import DMC
 from tests.models.tiny import scramble_decisions, tiny_model
@@ -213,6 +215,35 @@ def test_an_artefact_that_was_trained_again_is_no_finished_work(folder, tmp_path
     assert not run.run()
     [failure] = run.report["failures"]
     assert failure["method"] == "dmc-cr2" and "weights" in failure["reason"]
+
+
+def test_a_base_that_was_trained_again_is_no_finished_work(folder, tmp_path, tasks) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(folder / "base", base)
+    assert comparison(folder, out, "tova", model=str(base)).run()
+    before = json.loads((out / "eval.json").read_text())
+    assert before["revision"].startswith("local:")
+    model = tiny_model(eos_token_id=0, bos_token_id=None)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(2)
+    model.save_pretrained(base)
+    with pytest.raises(ValueError, match=r"revision 'local:.* there, 'local:.* now"):
+        comparison(folder, out, "tova", model=str(base)).run()
+    assert comparison(folder, tmp_path / "new", "tova", model=str(base)).run()
+    after = json.loads((tmp_path / "new/eval.json").read_text())
+    assert after["rows"][0]["loss"] != before["rows"][0]["loss"]
+
+
+@pytest.mark.parametrize(("made", "told"), [("local", 0), ("any", 0), ("local:0", 1)])
+def test_only_an_artefact_of_other_weights_is_told(folder, tmp_path, tasks, made, told) -> None:
+    shutil.copytree(folder / "artefacts/dmc", tmp_path / "artefacts/dmc")
+    base = {"id": str(folder / "base"), "revision": made}
+    update_config(tmp_path / "artefacts/dmc", {"base": base})
+    methods = parse_methods(["dmc"], Naming(base=base["id"], folders=(tmp_path / "artefacts",)))
+    run = comparison(folder, tmp_path / "out", "dense", tasks=[])
+    run.methods = methods
+    assert run.run()
+    assert len([note for note in run.report["notes"] if "was made on revision" in note]) == told
 
 
 def test_without_matplotlib_the_picture_is_missing(folder, tmp_path, tasks, monkeypatch) -> None:
