@@ -41,7 +41,7 @@ class Comparison:
         progress: told one line per result.
 
     Raises:
-        ValueError: an unknown task.
+        ValueError: an unknown task, no held-out file, or two of one name.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Comparison:
         self.parts: dict[str, Parts] = {}
         self.report: dict[str, Any] = facts | {
             "settings": asdict(settings), "seed": settings.seed, "tasks": self.tasks,
-            "files": [file.name.split(".")[0] for file in files],
+            "files": measure.names_of(files),
             "rows": [], "failures": [], "notes": [],
         }  # fmt: skip
         self._no_picture = missing()

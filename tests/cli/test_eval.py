@@ -119,6 +119,17 @@ def test_bad_input_teaches(cli: Run, tmp_path: Path, monkeypatch, args, message:
     assert result.stderr.count("\n") == 1 and not result.stdout and not list(tmp_path.iterdir())
 
 
+def test_two_held_out_files_of_one_name_are_refused(cli: Run, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(
+        "cachefold.evaluation.compare.load_base", lambda *args: pytest.fail("loaded")
+    )
+    for name in ("law.txt", "law.jsonl"):
+        (tmp_path / name).write_text("{}")
+    result = cli("eval", "--data", tmp_path, "--out", tmp_path / "out")
+    assert result.exit_code == 2 and "would both be called law: rename one" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_help_says_that_dials_take_ratios(cli: Run) -> None:
     assert "policies by name and of dials" in " ".join(cli("eval", "--help").stdout.split())
 
