@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from cachefold.evaluation import measure, report
+from cachefold.evaluation.batches import SMALLER_BATCHES, is_memory_error
 from cachefold.evaluation.methods import Method, applied, digest
 from cachefold.evaluation.plot import missing
 from cachefold.evaluation.rows import Parts, rows
@@ -81,12 +82,12 @@ class Comparison:
         settings = self.settings
         model, tokenizer = load_base(settings.model, getattr(torch, settings.dtype))
         model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
-        self._claim(model)
         _check_room(settings, model)
         texts = measure.load_texts(
             self.files, tokenizer, pieces=settings.pieces, tokens=settings.tokens,
             context=settings.context,
         )  # fmt: skip
+        self._claim(model)  # last, for what is refused has no results
         try:
             for method in self.methods:
                 self._method(method, model, tokenizer, texts)
@@ -102,7 +103,9 @@ class Comparison:
 
     def _claim(self, model: PreTrainedModel) -> None:
         """The folder belongs to these settings, this model and this text."""
-        facts = asdict(self.settings) | {
+        settings = asdict(self.settings)
+        del settings["batch_size"]  # memory runs out with one, and the next goes on from there
+        facts = settings | {
             "revision": base_revision(self.settings.model, model),
             "cachefold": self.report["environment"]["cachefold"],
             "heldout": {file.name: digest(file) for file in self.files},
@@ -118,9 +121,9 @@ class Comparison:
         self.parts[method.name] = {"facts": {}, "heldout": {}, "tasks": {}}
         with self._noted(method, "method"):
             facts = self.parts[method.name]["facts"] = method.facts()
-            claim(folder / "method.json", facts, "results of a method")
             self._check_revision(method)
             with applied(method, model, self.settings.seed):
+                claim(folder / "method.json", facts, "results of a method")
                 self._text(method, model, tokenizer, texts, folder)
                 for name in self.tasks:
                     with self._noted(method, name):
@@ -170,8 +173,8 @@ class Comparison:
         try:
             yield
         except Exception as error:  # whatever it is, what follows is still wanted
-            reason = str(error) if isinstance(error, ValueError) else repr(error)
-            if not isinstance(error, ValueError):
+            reason = _reason(error)
+            if not isinstance(error, ValueError) and not is_memory_error(error):
                 logger.exception("%s: %s failed", method.name, part)
             self._fail(method, part, reason)
         except KeyboardInterrupt:
@@ -202,6 +205,14 @@ class Comparison:
         }  # fmt: skip
         told = (form.format(found[n]) for n, form in forms.items() if found.get(n) is not None)
         self.progress(f"{method.name}: {' '.join(told)}")
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong and the advice that came with it, in the words of the command line."""
+    if isinstance(error, ValueError):
+        return str(error)
+    told = "; ".join([repr(error), *getattr(error, "__notes__", [])])
+    return told.replace(SMALLER_BATCHES, "--batch-size auto")
 
 
 def _check_room(settings: EvalSettings, model: PreTrainedModel) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from cachefold.evaluation import compare as module
 from cachefold.evaluation import measure
+from cachefold.evaluation.batches import Batcher
 from cachefold.evaluation.compare import Comparison
 from cachefold.evaluation.naming import Naming, parse_methods
 from cachefold.evaluation.settings import EvalSettings
@@ -256,6 +257,51 @@ def test_without_matplotlib_the_picture_is_missing(folder, tmp_path, tasks, monk
 def test_more_than_the_model_reads(folder: Path, tmp_path: Path, tasks) -> None:
     with pytest.raises(ValueError, match="--context 513 is more than the 512 tokens"):
         comparison(folder, tmp_path, "dense", context=513).run()
+
+
+def test_what_was_refused_leaves_the_folder_to_the_next(folder, tmp_path, tasks) -> None:
+    out = tmp_path / "out"
+    for changes in ({"context": 513}, {"tokens": 500}):  # more than the model reads, than there is
+        with pytest.raises(ValueError):
+            comparison(folder, out, "dense", **changes).run()
+        assert not out.exists()
+    assert comparison(folder, out, "dense").run()
+
+
+def test_a_method_that_was_refused_may_be_mended(folder, tmp_path, tasks) -> None:
+    place = tmp_path / "artefacts/dmc"
+    shutil.copytree(folder / "artefacts/dmc", place)
+    weights = (place / "cachefold.safetensors").read_bytes()
+    (place / "cachefold.safetensors").write_bytes(weights[:-8])
+    assert not comparison(folder, tmp_path / "out", str(place)).run()
+    (place / "cachefold.safetensors").write_bytes(weights)
+    assert comparison(folder, tmp_path / "out", str(place)).run()
+
+
+def test_memory_that_runs_out_in_a_batch_is_no_dead_end(
+    folder, tmp_path, tasks, monkeypatch, caplog
+) -> None:
+    run_batches = Batcher.run
+
+    def tight(self, lengths, spread, work):
+        def small(rows):
+            if len(rows) > 2:
+                raise MemoryError
+            return work(rows)
+
+        return run_batches(self, lengths, spread, small)
+
+    monkeypatch.setattr(Batcher, "run", tight)
+    run = comparison(folder, tmp_path, "dense", batch_size=3)
+    assert not run.run()
+    [failure] = run.report["failures"]
+    assert failure["reason"] == (
+        "MemoryError(); out of memory with 3 texts of up to 31 tokens; --batch-size auto finds "
+        "what fits"
+    )
+    assert not caplog.records  # a traceback would hide the advice
+    assert comparison(folder, tmp_path, "dense", batch_size=2).run()
+    assert json.loads((tmp_path / "eval.json").read_text())["settings"]["batch_size"] == 2
 
 
 def test_unknown_tasks_are_refused_before_anything_is_loaded(folder: Path, tmp_path: Path) -> None:
