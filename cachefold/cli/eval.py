@@ -24,6 +24,7 @@ AGAINST, CR, CODEC = "dense", "2", "none"
 
 
 def run(
+    ctx: typer.Context,
     model: Annotated[
         str, typer.Argument(help="Zoo name, folder or hub id; or the folder of an artefact.")
     ] = DEFAULT_MODEL,
@@ -53,15 +54,23 @@ def run(
     batch_size: Annotated[str, typer.Option(help="Texts side by side, or auto.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of policies that draw.")] = 0,
     out: Annotated[
-        Path, typer.Option(help="Folder of the report and of finished work, which is kept.")
-    ] = OUT,
+        Path | None,
+        typer.Option(
+            help="Folder of the report and of finished work, which is kept.",
+            show_default=f"{OUT}; with --from that of the report",
+        ),
+    ] = None,
     source: Annotated[
-        Path | None, typer.Option("--from", help="Make table and picture of an eval.json again.")
+        Path | None,
+        typer.Option(
+            "--from", help="Make table and picture of an eval.json again; measures nothing."
+        ),
     ] = None,
 ) -> None:
     """Compare methods at equal memory: held-out loss, tasks, bytes of the cache, speed."""
     if source is not None:
-        _again(source, out if out != OUT else None)
+        _refuse_beside_from(ctx)
+        _again(source, out)
         return
     size: Any = batch_size if batch_size == "auto" else _number("--batch-size", batch_size, int)
     settings = EvalSettings(
@@ -70,7 +79,7 @@ def run(
     )  # fmt: skip
     asked = {
         "against": against, "cr": cr, "codec": codec, "tasks": tasks, "data": str(data),
-        "out": str(out),
+        "out": str(out or OUT),
     }  # fmt: skip
     _compare(model, settings, asked)
 
@@ -174,18 +183,29 @@ def _show(comparison: Comparison) -> None:
         print(f"error: {one['method']}, {one['part']}: {one['reason']}", file=sys.stderr)
 
 
+def _refuse_beside_from(ctx: typer.Context) -> None:
+    """Refuses what a report that is there can't follow any more."""
+    given = []
+    for one in ctx.command.params:
+        origin = ctx.get_parameter_source(str(one.name))
+        if one.name not in ("source", "out") and origin and origin.name == "COMMANDLINE":
+            given.append(one.opts[0] if one.param_type_name == "option" else "MODEL")
+    if given:
+        raise ValueError(
+            f"--from shows a report as it was measured, so that {', '.join(given)} can't be given "
+            "with it, only --out: leave out --from to measure, or the others to show the report"
+        )
+
+
 def _again(source: Path, out: Path | None) -> None:
     """Table and picture of a report that is there."""
-    from cachefold.evaluation.plot import missing
-    from cachefold.evaluation.report import markdown, read, write
+    from cachefold.evaluation.report import markdown, note_picture, read, write
 
-    reason = missing()
-    if reason is not None:
-        raise ValueError(reason)
     report = read(source)
     folder = out or (source if source.is_dir() else source.parent)
+    picture = note_picture(report)
     print(markdown(report))
-    for path in write(report, folder):
+    for path in write(report, folder, picture=picture):
         print(f"written: {path}", file=sys.stderr)
 
 

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from cachefold.evaluation import measure, report
 from cachefold.evaluation.batches import SMALLER_BATCHES, is_memory_error
 from cachefold.evaluation.methods import Method, applied, digest
-from cachefold.evaluation.plot import missing
 from cachefold.evaluation.rows import Parts, rows
 from cachefold.evaluation.runner import TasksFailed, run_tasks
 from cachefold.evaluation.settings import EvalSettings
@@ -66,9 +65,7 @@ class Comparison:
             "files": measure.names_of(files),
             "rows": [], "failures": [], "notes": [],
         }  # fmt: skip
-        self._no_picture = missing()
-        if self._no_picture is not None:
-            self.report["notes"].append(f"No {report.NAME}.png: {self._no_picture}.")
+        self._draws = report.note_picture(self.report)
 
     def run(self) -> bool:
         """Measures what isn't measured yet; a part that fails is noted and the next goes on.
@@ -98,8 +95,7 @@ class Comparison:
     def write(self, *, picture: bool = False) -> list[Path]:
         """Writes the report as far as it is."""
         self.report["rows"] = rows(self.methods, self.parts)
-        picture = picture and self._no_picture is None
-        return report.write(self.report, self.out, picture=picture)
+        return report.write(self.report, self.out, picture=picture and self._draws)
 
     def _claim(self, model: PreTrainedModel) -> None:
         """The folder belongs to these settings, this model and this text."""

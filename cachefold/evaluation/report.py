@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cachefold.evaluation.plot import draw
+from cachefold.evaluation.plot import draw, missing
 
 MEBI = 1024 * 1024
 NAME = "eval"
@@ -38,6 +38,19 @@ def write(report: dict[str, Any], folder: Path, *, picture: bool = True) -> list
     if picture and draw(report["rows"], drawn, context_of(report), base):
         files.append(drawn)
     return files
+
+
+def note_picture(report: dict[str, Any]) -> bool:
+    """Notes in a report why it gets no picture, in place of what an earlier try noted.
+
+    Returns:
+        Whether there is what a picture needs.
+    """
+    reason, begin = missing(), f"No {NAME}.png: "
+    report["notes"] = [note for note in report["notes"] if not note.startswith(begin)]
+    if reason is not None:
+        report["notes"].append(f"{begin}{reason}.")
+    return reason is None
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -70,8 +70,34 @@ def test_from_a_report(cli: Run, folder: Path, tmp_path: Path, monkeypatch) -> N
     assert cli("eval", "--from", tmp_path, "--out", tmp_path / "new").exit_code == 0
     assert (tmp_path / "new/eval.png").exists()
     assert "no report at" in cli("eval", "--from", tmp_path / "x.json").stderr
-    monkeypatch.setattr("cachefold.evaluation.plot.missing", lambda: "the picture needs x")
-    assert "the picture needs x" in cli("eval", "--from", tmp_path).stderr
+    monkeypatch.chdir(tmp_path)
+    assert cli("eval", "--from", "eval.json", "--out", "runs/eval").exit_code == 0
+    assert (tmp_path / "runs/eval/eval.png").exists()  # the usual folder, where it is asked for
+
+
+def test_from_a_report_without_matplotlib(cli: Run, folder: Path, tmp_path: Path) -> None:
+    first = cli("eval", folder / "base", *options(folder, tmp_path))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cachefold.evaluation.report.missing", lambda: "the picture needs x")
+        for source in (tmp_path, tmp_path / "new"):
+            result = cli("eval", "--from", source, "--out", tmp_path / "new")
+            assert result.exit_code == 0 and "| dense |" in result.stdout
+            assert result.stdout.count("No eval.png: the picture needs x.") == 1
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"eval.json", "eval.md"}
+    again = cli("eval", "--from", tmp_path / "new")
+    assert again.stdout == first.stdout and (tmp_path / "new/eval.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["--cr", "2"], "that --cr can't"),  # its default, but given
+        (["smollm2-135m", "--batch-size", "2"], "that MODEL, --batch-size can't"),
+    ],
+)
+def test_a_report_takes_no_other_option(cli: Run, tmp_path: Path, args, named: str) -> None:
+    result = cli("eval", *args, "--from", tmp_path, "--out", tmp_path)
+    assert result.exit_code == 2 and named in result.stderr and result.stderr.count("\n") == 1
 
 
 def test_a_failure_ends_with_code_1(cli: Run, folder: Path, tmp_path: Path, monkeypatch) -> None:

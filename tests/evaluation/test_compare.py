@@ -13,6 +13,7 @@ import torch
 
 from cachefold.evaluation import compare as module
 from cachefold.evaluation import measure
+from cachefold.evaluation import report as report_module
 from cachefold.evaluation.batches import Batcher
 from cachefold.evaluation.compare import Comparison
 from cachefold.evaluation.naming import Naming, parse_methods
@@ -248,7 +249,7 @@ def test_only_an_artefact_of_other_weights_is_told(folder, tmp_path, tasks, made
 
 
 def test_without_matplotlib_the_picture_is_missing(folder, tmp_path, tasks, monkeypatch) -> None:
-    monkeypatch.setattr(module, "missing", lambda: "run `pip install matplotlib`")
+    monkeypatch.setattr(report_module, "missing", lambda: "run `pip install matplotlib`")
     assert comparison(folder, tmp_path, "dense").run()
     assert not (tmp_path / "eval.png").exists()
     assert "No eval.png: run `pip install matplotlib`." in (tmp_path / "eval.md").read_text()
