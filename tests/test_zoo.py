@@ -74,8 +74,10 @@ def test_unreachable_hub_says_what_to_install(monkeypatch, name, advice):
 
     monkeypatch.setattr(zoo, "gguf_parts", lambda base: [])
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fail)
-    with pytest.raises(ValueError, match=advice):
-        zoo.load_base(name)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", fail)
+    for load in (zoo.load_base, zoo.base_config):
+        with pytest.raises(ValueError, match=advice):
+            load(name)
 
 
 def test_a_folder_loads_in_the_asked_dtype(tmp_path):

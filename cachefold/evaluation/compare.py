@@ -23,7 +23,7 @@ from cachefold.evaluation.store import claim, kept
 from cachefold.evaluation.subject import Subject
 from cachefold.evaluation.task import get_task
 from cachefold.models.hub import fits_revision, read_config
-from cachefold.zoo import base_revision, load_base
+from cachefold.zoo import base_config, base_revision, load_base
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class Comparison:
         progress: told one line per result.
 
     Raises:
-        ValueError: an unknown task, no held-out file, or two of one name.
+        ValueError: an unknown task, no held-out file, two of one name, or `out` is no folder.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class Comparison:
     ) -> None:
         for name in tasks:
             get_task(name)
+        report.check_folder(out)
         self.settings, self.methods, self.tasks = settings, list(methods), list(tasks)
         self.files, self.out, self.progress = list(files), out, progress
         self.parts: dict[str, Parts] = {}
@@ -77,9 +78,9 @@ class Comparison:
             ValueError: no such model, text that is too short, or results of other settings.
         """
         settings = self.settings
+        _check_room(settings)
         model, tokenizer = load_base(settings.model, getattr(torch, settings.dtype))
         model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
-        _check_room(settings, model)
         texts = measure.load_texts(
             self.files, tokenizer, pieces=settings.pieces, tokens=settings.tokens,
             context=settings.context,
@@ -211,9 +212,10 @@ def _reason(error: Exception) -> str:
     return told.replace(SMALLER_BATCHES, "--batch-size auto")
 
 
-def _check_room(settings: EvalSettings, model: PreTrainedModel) -> None:
-    """Refuses texts that are longer than the model can read."""
-    most = getattr(model.config, "max_position_embeddings", None)
+def _check_room(settings: EvalSettings) -> None:
+    """Refuses texts that are longer than the model can read, before its weights are loaded."""
+    config = base_config(settings.model).get_text_config(decoder=True)
+    most = getattr(config, "max_position_embeddings", None)
     for name in ("tokens", "context"):
         value = getattr(settings, name)
         if most is not None and value > most:

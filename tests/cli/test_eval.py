@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from cachefold.cli import eval as module
+from cachefold.evaluation.report import write
 from tests.cli.conftest import Run
+from tests.evaluation.reports import report as made_up
 
 SINGLE = Path(__file__).parents[2] / "artefacts" / "smollm2-135m-cr2"
 
@@ -143,6 +145,19 @@ def test_bad_input_teaches(cli: Run, tmp_path: Path, monkeypatch, args, message:
     result = cli("eval", "--out", tmp_path, *args)
     assert result.exit_code == 2 and message in result.stderr, result.output
     assert result.stderr.count("\n") == 1 and not result.stdout and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("out", ["file", "file/below/it"])
+def test_an_out_that_is_a_file_is_refused(cli: Run, folder, tmp_path, monkeypatch, out) -> None:
+    monkeypatch.setattr("cachefold.evaluation.compare.load_base", lambda *a: pytest.fail("loaded"))
+    (tmp_path / "file").write_text("mine")
+    report = tmp_path / "eval.json"
+    write(made_up(), tmp_path, picture=False)
+    for args in ([folder / "base"], ["--from", report]):
+        result = cli("eval", *args, "--out", tmp_path / out)
+        assert result.exit_code == 2 and f"as {tmp_path}/file is a file" in result.stderr
+        assert result.stderr.count("\n") == 1 and not result.stdout
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_two_held_out_files_of_one_name_are_refused(cli: Run, tmp_path: Path, monkeypatch) -> None:

@@ -255,9 +255,11 @@ def test_without_matplotlib_the_picture_is_missing(folder, tmp_path, tasks, monk
     assert "No eval.png: run `pip install matplotlib`." in (tmp_path / "eval.md").read_text()
 
 
-def test_more_than_the_model_reads(folder: Path, tmp_path: Path, tasks) -> None:
-    with pytest.raises(ValueError, match="--context 513 is more than the 512 tokens"):
-        comparison(folder, tmp_path, "dense", context=513).run()
+def test_more_than_the_model_reads(folder: Path, tmp_path: Path, tasks, monkeypatch) -> None:
+    monkeypatch.setattr(module, "load_base", lambda *args: pytest.fail("loaded"))
+    for name in ("context", "tokens"):
+        with pytest.raises(ValueError, match=f"--{name} 513 is more than the 512 tokens"):
+            comparison(folder, tmp_path, "dense", **{name: 513}).run()
 
 
 def test_what_was_refused_leaves_the_folder_to_the_next(folder, tmp_path, tasks) -> None:
