@@ -123,12 +123,14 @@ def _methods(model: str, asked: dict[str, str]) -> tuple[str, list[Method], list
     )
     from cachefold.models.hub import read_config
 
-    words = _names(asked["against"])
+    words = [_found(word) for word in _names(asked["against"])]
     folder = find(Path(model))
     base = model
     if is_artefact(folder):
         base = str(read_config(folder)["base"]["id"])
         words = [str(folder), *words]
+    else:
+        _check_place(model)
     naming = Naming(
         base=base,
         crs=_ratios(asked["cr"]),
@@ -139,6 +141,39 @@ def _methods(model: str, asked: dict[str, str]) -> tuple[str, list[Method], list
     # The usual ratio is there for policies by name; nobody need have asked for it.
     notes = of_one_ratio(words, methods, naming.crs, strict=asked["cr"] != CR)
     return base, methods, notes
+
+
+def _found(word: str) -> str:
+    """A word of --against; the folder of an artefact, with a codec or without, as it is found."""
+    from cachefold.evaluation.naming import is_artefact
+
+    folder, plus, codec = word.rpartition("+")
+    for name, rest in ((word, ""), (folder, plus + codec)):
+        if name and is_artefact(find(Path(name))):
+            return f"{find(Path(name))}{rest}"
+    return word
+
+
+def _check_place(model: str) -> None:
+    """Refuses a folder that isn't there; what looks like a hub id passes, but not among artefacts.
+
+    Raises:
+        ValueError: no such folder, with the closest artefact.
+    """
+    from cachefold.core.names import closest
+    from cachefold.evaluation.finding import artefacts
+
+    path = Path(model)
+    if "/" not in model or find(path).exists():
+        return
+    folder = path.parent.parent if path.name == "final" else path.parent
+    there = find(folder)
+    near = [str(folder / place.relative_to(there)) for place, _ in artefacts(there)]
+    if near or path.is_absolute() or len(path.parts) != 2 or path.parts[0] == "..":
+        raise ValueError(
+            f"there is no artefact or model at {model}.{closest(model, near)} `cachefold ls "
+            "artefacts` shows the artefacts nearby"
+        )
 
 
 def _with_model(settings: EvalSettings, base: str) -> EvalSettings:

@@ -129,6 +129,9 @@ def test_an_artefact_by_its_policy(cli: Run, folder: Path, tmp_path: Path, monke
         (["--cr", "2,x"], "a ratio is tokens seen / entries kept"),
         (["--cr", "0.5"], "at least 1"),
         (["--cr", ""], "at least 1"),
+        (["artefacts/smollm2-135m-cr22"], "Did you mean 'artefacts/smollm2-135m-cr2'? `cachefold"),
+        (["/nowhere/x"], "there is no artefact or model at /nowhere/x. `cachefold ls"),
+        (["--against", "artefacts/smollm2-135m-cr22"], "artefacts/smollm2-135m-cr2'? Methods"),
         (["--dtype", "float61"], "Did you mean 'float16'"),
         (["--batch-size", "many"], "--batch-size takes numbers"),
         (["--data", "/nowhere"], "has no file of held-out text"),
@@ -169,6 +172,38 @@ def test_two_held_out_files_of_one_name_are_refused(cli: Run, tmp_path: Path, mo
     result = cli("eval", "--data", tmp_path, "--out", tmp_path / "out")
     assert result.exit_code == 2 and "would both be called law: rename one" in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_artefacts_are_found_beside_the_code_too(cli: Run, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = {"against": "artefacts/smollm2-135m-cr2+int4,artefacts/smollm2-135m-cr8,tova+int4"}
+    methods = module._methods("smollm2-135m", asked | {"cr": "2", "codec": "none"})[1]
+    assert [(method.name, method.artefact) for method in methods] == [
+        ("dense", None), ("smollm2-135m-cr2+int4", SINGLE),
+        ("smollm2-135m-cr8", SINGLE.with_name("smollm2-135m-cr8")),
+        ("tova-cr2+int4", None),
+    ]  # fmt: skip
+    for words in (["artefacts/smollm2-135m-cr22"], ["--against", "artefacts/smollm2-135m-cr22"]):
+        result = cli("eval", *words, "--data", SINGLE.parents[1] / "data/heldout")
+        assert result.exit_code == 2 and "/smollm2-135m-cr2'? " in result.stderr
+
+
+def test_a_run_that_is_not_there_gives_the_closest(cli: Run, folder, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/first").mkdir(parents=True)
+    (tmp_path / "runs/first/final").symlink_to(folder / "artefact")
+    for word in ("runs/firts", "runs/firts/final", "./runs/firts/final"):
+        assert "Did you mean 'runs/first/final'?" in cli("eval", word).stderr
+
+
+def test_a_hub_id_is_no_missing_folder(cli: Run, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def absent(name: str) -> None:
+        raise ValueError(f"{name} isn't on the hub")
+
+    monkeypatch.setattr("cachefold.evaluation.compare.base_config", absent)
+    assert "owner/model isn't on the hub" in cli("eval", "owner/model").stderr
 
 
 def test_the_help_says_that_dials_take_ratios(cli: Run) -> None:
