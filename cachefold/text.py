@@ -132,6 +132,16 @@ def evenly_spaced(blocks: Tensor, count: int) -> Tensor:
     return blocks[torch.linspace(0, len(blocks) - 1, min(count, len(blocks))).long()]
 
 
+def stem(path: str | Path) -> str:
+    """Name of a text file without the endings that say how it is read.
+
+    >>> stem("data/heldout/chat.jsonl.gz"), stem("law.v1.txt")
+    ('chat', 'law.v1')
+    """
+    name = Path(path).name.removesuffix(".gz")
+    return next((name.removesuffix(end) for end in SUFFIXES if name.endswith(end)), name)
+
+
 def check_file(path: str | Path) -> str:
     """Refuses a path that `read_file` can't read, without reading it; returns its type.
 

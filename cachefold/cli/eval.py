@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cachefold.cli._artefact import find
+from cachefold.cli._places import find
 from cachefold.evaluation.settings import DEFAULT_MODEL, EvalSettings
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ AGAINST, CR, CODEC = "dense", "2", "none"
 
 
 def run(
+    ctx: typer.Context,
     model: Annotated[
         str, typer.Argument(help="Zoo name, folder or hub id; or the folder of an artefact.")
     ] = DEFAULT_MODEL,
@@ -53,15 +54,23 @@ def run(
     batch_size: Annotated[str, typer.Option(help="Texts side by side, or auto.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of policies that draw.")] = 0,
     out: Annotated[
-        Path, typer.Option(help="Folder of the report and of finished work, which is kept.")
-    ] = OUT,
+        Path | None,
+        typer.Option(
+            help="Folder of the report and of finished work, which is kept.",
+            show_default=f"{OUT}; with --from that of the report",
+        ),
+    ] = None,
     source: Annotated[
-        Path | None, typer.Option("--from", help="Make table and picture of an eval.json again.")
+        Path | None,
+        typer.Option(
+            "--from", help="Make table and picture of an eval.json again; measures nothing."
+        ),
     ] = None,
 ) -> None:
     """Compare methods at equal memory: held-out loss, tasks, bytes of the cache, speed."""
     if source is not None:
-        _again(source, out if out != OUT else None)
+        _refuse_beside_from(ctx)
+        _again(source, out)
         return
     size: Any = batch_size if batch_size == "auto" else _number("--batch-size", batch_size, int)
     settings = EvalSettings(
@@ -70,7 +79,7 @@ def run(
     )  # fmt: skip
     asked = {
         "against": against, "cr": cr, "codec": codec, "tasks": tasks, "data": str(data),
-        "out": str(out),
+        "out": str(out or OUT),
     }  # fmt: skip
     _compare(model, settings, asked)
 
@@ -114,12 +123,14 @@ def _methods(model: str, asked: dict[str, str]) -> tuple[str, list[Method], list
     )
     from cachefold.models.hub import read_config
 
-    words = _names(asked["against"])
+    words = [_found(word) for word in _names(asked["against"])]
     folder = find(Path(model))
     base = model
     if is_artefact(folder):
         base = str(read_config(folder)["base"]["id"])
         words = [str(folder), *words]
+    else:
+        _check_place(model)
     naming = Naming(
         base=base,
         crs=_ratios(asked["cr"]),
@@ -130,6 +141,39 @@ def _methods(model: str, asked: dict[str, str]) -> tuple[str, list[Method], list
     # The usual ratio is there for policies by name; nobody need have asked for it.
     notes = of_one_ratio(words, methods, naming.crs, strict=asked["cr"] != CR)
     return base, methods, notes
+
+
+def _found(word: str) -> str:
+    """A word of --against; the folder of an artefact, with a codec or without, as it is found."""
+    from cachefold.evaluation.naming import is_artefact
+
+    folder, plus, codec = word.rpartition("+")
+    for name, rest in ((word, ""), (folder, plus + codec)):
+        if name and is_artefact(find(Path(name))):
+            return f"{find(Path(name))}{rest}"
+    return word
+
+
+def _check_place(model: str) -> None:
+    """Refuses a folder that isn't there; what looks like a hub id passes, but not among artefacts.
+
+    Raises:
+        ValueError: no such folder, with the closest artefact.
+    """
+    from cachefold.core.names import closest
+    from cachefold.evaluation.finding import artefacts
+
+    path = Path(model)
+    if "/" not in model or find(path).exists():
+        return
+    folder = path.parent.parent if path.name == "final" else path.parent
+    there = find(folder)
+    near = [str(folder / place.relative_to(there)) for place, _ in artefacts(there)]
+    if near or path.is_absolute() or len(path.parts) != 2 or path.parts[0] == "..":
+        raise ValueError(
+            f"there is no artefact or model at {model}.{closest(model, near)} `cachefold ls "
+            "artefacts` shows the artefacts nearby"
+        )
 
 
 def _with_model(settings: EvalSettings, base: str) -> EvalSettings:
@@ -174,18 +218,30 @@ def _show(comparison: Comparison) -> None:
         print(f"error: {one['method']}, {one['part']}: {one['reason']}", file=sys.stderr)
 
 
+def _refuse_beside_from(ctx: typer.Context) -> None:
+    """Refuses what a report that is there can't follow any more."""
+    given = []
+    for one in ctx.command.params:
+        origin = ctx.get_parameter_source(str(one.name))
+        if one.name not in ("source", "out") and origin and origin.name == "COMMANDLINE":
+            given.append(one.opts[0] if one.param_type_name == "option" else "MODEL")
+    if given:
+        raise ValueError(
+            f"--from shows a report as it was measured, so that {', '.join(given)} can't be given "
+            "with it, only --out: leave out --from to measure, or the others to show the report"
+        )
+
+
 def _again(source: Path, out: Path | None) -> None:
     """Table and picture of a report that is there."""
-    from cachefold.evaluation.plot import missing
-    from cachefold.evaluation.report import markdown, read, write
+    from cachefold.evaluation.report import check_folder, markdown, note_picture, read, write
 
-    reason = missing()
-    if reason is not None:
-        raise ValueError(reason)
     report = read(source)
     folder = out or (source if source.is_dir() else source.parent)
+    check_folder(folder)
+    picture = note_picture(report)
     print(markdown(report))
-    for path in write(report, folder):
+    for path in write(report, folder, picture=picture):
         print(f"written: {path}", file=sys.stderr)
 
 

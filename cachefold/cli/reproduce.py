@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cachefold.cli._places import ARTEFACTS, RECIPES, find, find_recipe, list_recipes
+from cachefold.cli._places import ARTEFACTS, RECIPES, REPOSITORY, find, find_recipe
 
 if TYPE_CHECKING:
     from cachefold.retrofit.config import RetrofitConfig
@@ -40,8 +40,8 @@ def run(
     """Run a recipe again, measure the result and print it beside what is shipped."""
     from cachefold.retrofit.config import load_recipe
 
-    recipe = _find(name)
-    name, artefact = recipe.stem, find(ARTEFACTS / recipe.stem)
+    recipe, name = _find(name)
+    artefact = find(ARTEFACTS / name)
     _check_changes(overrides or [], shipped, out)
     out = out or Path("runs/reproduce") / (f"{name}-shipped" if shipped else name)
     config = replace(load_recipe(recipe, overrides or []), output_dir=str(out))
@@ -55,15 +55,17 @@ def run(
         _compare(artefact, tables)
 
 
-def _find(name: str) -> Path:
-    """The recipe, one of those whose results may be shipped."""
+def _find(name: str) -> tuple[Path, str]:
+    """A recipe, and its name in the folder of recipes: a result of it may be shipped."""
     recipe = find_recipe(Path(name))
-    if recipe.resolve() not in [path.resolve() for path in list_recipes().values()]:
-        raise ValueError(
-            f"{name} is not in {RECIPES}, so that nothing is recorded of it; `cachefold retrofit "
-            f"{name}` trains it"
-        )
-    return recipe
+    for folder in {RECIPES, find(RECIPES), REPOSITORY / RECIPES}:
+        if recipe.resolve().is_relative_to(folder.resolve()):
+            own = recipe.resolve().relative_to(folder.resolve())
+            return recipe, own.with_suffix("").as_posix()
+    raise ValueError(
+        f"{name} is not in {RECIPES}, so that nothing is recorded of it; `cachefold retrofit "
+        f"{name}` trains it"
+    )
 
 
 def _check_changes(overrides: list[str], shipped: bool, out: Path | None) -> None:

@@ -13,6 +13,8 @@ _Result = TypeVar("_Result")
 # this is found out by trying.
 _MOST = {"cpu": (32, 4096)}
 _MOST_ELSEWHERE = (256, 65536)
+SMALLER_BATCHES = 'batch_size="auto"'
+"""The advice for memory that runs out, which a command line words its own way."""
 
 
 class Batcher:
@@ -89,7 +91,7 @@ class Batcher:
             return
         error.add_note(
             f"out of memory with {len(batch)} texts of up to {lengths[batch[0]]} tokens; "
-            + ('batch_size="auto" finds what fits' if len(batch) > 1 else "use a shorter text")
+            + (f"{SMALLER_BATCHES} finds what fits" if len(batch) > 1 else "use a shorter text")
         )
         raise error
 

@@ -14,16 +14,16 @@ import torch
 from transformers import PreTrainedModel
 
 from cachefold.evaluation import measure, report
+from cachefold.evaluation.batches import SMALLER_BATCHES, is_memory_error
 from cachefold.evaluation.methods import Method, applied, digest
-from cachefold.evaluation.plot import missing
 from cachefold.evaluation.rows import Parts, rows
 from cachefold.evaluation.runner import TasksFailed, run_tasks
 from cachefold.evaluation.settings import EvalSettings
 from cachefold.evaluation.store import claim, kept
 from cachefold.evaluation.subject import Subject
 from cachefold.evaluation.task import get_task
-from cachefold.models.hub import ANY_REVISION, read_config
-from cachefold.zoo import base_revision, load_base
+from cachefold.models.hub import fits_revision, read_config
+from cachefold.zoo import base_config, base_revision, load_base
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class Comparison:
         progress: told one line per result.
 
     Raises:
-        ValueError: an unknown task.
+        ValueError: an unknown task, no held-out file, two of one name, or `out` is no folder.
     """
 
     def __init__(
@@ -57,17 +57,16 @@ class Comparison:
     ) -> None:
         for name in tasks:
             get_task(name)
+        report.check_folder(out)
         self.settings, self.methods, self.tasks = settings, list(methods), list(tasks)
         self.files, self.out, self.progress = list(files), out, progress
         self.parts: dict[str, Parts] = {}
         self.report: dict[str, Any] = facts | {
             "settings": asdict(settings), "seed": settings.seed, "tasks": self.tasks,
-            "files": [file.name.split(".")[0] for file in files],
+            "files": measure.names_of(files),
             "rows": [], "failures": [], "notes": [],
         }  # fmt: skip
-        self._no_picture = missing()
-        if self._no_picture is not None:
-            self.report["notes"].append(f"No {report.NAME}.png: {self._no_picture}.")
+        self._draws = report.note_picture(self.report)
 
     def run(self) -> bool:
         """Measures what isn't measured yet; a part that fails is noted and the next goes on.
@@ -79,14 +78,14 @@ class Comparison:
             ValueError: no such model, text that is too short, or results of other settings.
         """
         settings = self.settings
+        _check_room(settings)
         model, tokenizer = load_base(settings.model, getattr(torch, settings.dtype))
         model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
-        self._claim(model)
-        _check_room(settings, model)
         texts = measure.load_texts(
             self.files, tokenizer, pieces=settings.pieces, tokens=settings.tokens,
             context=settings.context,
         )  # fmt: skip
+        self._claim(model)  # last, for what is refused has no results
         try:
             for method in self.methods:
                 self._method(method, model, tokenizer, texts)
@@ -97,12 +96,13 @@ class Comparison:
     def write(self, *, picture: bool = False) -> list[Path]:
         """Writes the report as far as it is."""
         self.report["rows"] = rows(self.methods, self.parts)
-        picture = picture and self._no_picture is None
-        return report.write(self.report, self.out, picture=picture)
+        return report.write(self.report, self.out, picture=picture and self._draws)
 
     def _claim(self, model: PreTrainedModel) -> None:
         """The folder belongs to these settings, this model and this text."""
-        facts = asdict(self.settings) | {
+        settings = asdict(self.settings)
+        del settings["batch_size"]  # memory runs out with one, and the next goes on from there
+        facts = settings | {
             "revision": base_revision(self.settings.model, model),
             "cachefold": self.report["environment"]["cachefold"],
             "heldout": {file.name: digest(file) for file in self.files},
@@ -118,9 +118,9 @@ class Comparison:
         self.parts[method.name] = {"facts": {}, "heldout": {}, "tasks": {}}
         with self._noted(method, "method"):
             facts = self.parts[method.name]["facts"] = method.facts()
-            claim(folder / "method.json", facts, "results of a method")
             self._check_revision(method)
             with applied(method, model, self.settings.seed):
+                claim(folder / "method.json", facts, "results of a method")
                 self._text(method, model, tokenizer, texts, folder)
                 for name in self.tasks:
                     with self._noted(method, name):
@@ -170,8 +170,8 @@ class Comparison:
         try:
             yield
         except Exception as error:  # whatever it is, what follows is still wanted
-            reason = str(error) if isinstance(error, ValueError) else repr(error)
-            if not isinstance(error, ValueError):
+            reason = _reason(error)
+            if not isinstance(error, ValueError) and not is_memory_error(error):
                 logger.exception("%s: %s failed", method.name, part)
             self._fail(method, part, reason)
         except KeyboardInterrupt:
@@ -187,7 +187,7 @@ class Comparison:
         if method.artefact is None:
             return
         made = read_config(method.artefact)["base"].get("revision")
-        if made not in (self.report["revision"], ANY_REVISION):
+        if not fits_revision(made, self.report["revision"]):
             self.report["notes"].append(
                 f"{method.name} was made on revision {made} of the base model; this is "
                 f"{self.report['revision']}."
@@ -204,9 +204,18 @@ class Comparison:
         self.progress(f"{method.name}: {' '.join(told)}")
 
 
-def _check_room(settings: EvalSettings, model: PreTrainedModel) -> None:
-    """Refuses texts that are longer than the model can read."""
-    most = getattr(model.config, "max_position_embeddings", None)
+def _reason(error: Exception) -> str:
+    """What went wrong and the advice that came with it, in the words of the command line."""
+    if isinstance(error, ValueError):
+        return str(error)
+    told = "; ".join([repr(error), *getattr(error, "__notes__", [])])
+    return told.replace(SMALLER_BATCHES, "--batch-size auto")
+
+
+def _check_room(settings: EvalSettings) -> None:
+    """Refuses texts that are longer than the model can read, before its weights are loaded."""
+    config = base_config(settings.model).get_text_config(decoder=True)
+    most = getattr(config, "max_position_embeddings", None)
     for name in ("tokens", "context"):
         value = getattr(settings, name)
         if most is not None and value > most:

@@ -19,7 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 from cachefold.cache.folded import FoldedCache, kept_bytes
 from cachefold.evaluation.subject import Subject
 from cachefold.models.fold import is_folded, new_cache
-from cachefold.text import load_blocks
+from cachefold.text import load_blocks, stem
 
 CONTEXTS = 4
 """Texts whose cache is measured, spread over the held-out files."""
@@ -37,6 +37,29 @@ class Texts:
     """(n, context) ids to fill caches with, n at most `CONTEXTS`."""
 
 
+def names_of(files: Sequence[Path]) -> list[str]:
+    """Names of held-out files in reports, in their order.
+
+    Raises:
+        ValueError: two files of one name, or none at all.
+
+    >>> names_of([Path("law.v1.jsonl"), Path("chat.jsonl.gz")])
+    ['law.v1', 'chat']
+    """
+    if not files:
+        raise ValueError("no held-out text: the folder has no .jsonl, .txt or .gz file of these")
+    named: dict[str, Path] = {}
+    for file in files:
+        name = stem(file)
+        if name in named:
+            raise ValueError(
+                f"held-out files {named[name]} and {file} would both be called {name}: rename one "
+                "of them, or move it to another folder"
+            )
+        named[name] = file
+    return list(named)
+
+
 def load_texts(
     files: Sequence[Path], tokenizer: Any, *, pieces: int, tokens: int, context: int
 ) -> Texts:
@@ -50,16 +73,13 @@ def load_texts(
         context: tokens of a cache to measure; taken from all files, one after the other.
 
     Raises:
-        ValueError: no file, or not enough text in one.
+        ValueError: no file, two of one name, or not enough text in one.
     """
-    if not files:
-        raise ValueError("no held-out text: the folder has no .jsonl, .txt or .gz file of these")
+    names = names_of(files)
     blocks = load_blocks(files, tokenizer, context)
     every = max(1, len(blocks) // CONTEXTS)
-    named = {
-        file.name.split(".")[0]: load_blocks([file], tokenizer, tokens)[:pieces] for file in files
-    }
-    return Texts(named, blocks[::every][:CONTEXTS])
+    pieces_of = (load_blocks([file], tokenizer, tokens)[:pieces] for file in files)
+    return Texts(dict(zip(names, pieces_of, strict=True)), blocks[::every][:CONTEXTS])
 
 
 def heldout(subject: Subject, pieces: Tensor) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from cachefold.evaluation.subject import Subject
 from cachefold.evaluation.task import Estimate, check_limit, data_file
 from cachefold.models.fold import FoldRun, check_unmerged, is_folded
 from cachefold.models.lora import adapters_disabled
-from cachefold.text import Row, load_blocks, read_file
+from cachefold.text import Row, load_blocks, read_file, stem
 
 FILES = ("chat", "code", "moby_dick", "textbook", "wikipedia", "wikitext2")
 """Of the data folder's heldout."""
@@ -231,7 +231,7 @@ def _measure_file(
         with adapters_disabled(model):
             dense = _piece_losses(_Unfolded(model, tokenizer, **options), texts)
     return HeldOutLoss(
-        name=file.name.split(".")[0], pieces=len(texts), tokens=tokens,
+        name=stem(file), pieces=len(texts), tokens=tokens,
         dense_loss=dense.mean().item(), folded_loss=folded.mean().item(),
         cr=subject.footprint.cr, bytes_ratio=subject.footprint.bytes_ratio,
         increase_error=(folded - dense).std().item() / len(texts) ** 0.5

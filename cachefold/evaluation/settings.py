@@ -13,7 +13,7 @@ DEFAULT_MODEL = "smollm2-135m"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalSettings:
-    """Options of a comparison; all of them change the figures.
+    """Options of a comparison; all but `batch_size` change the figures.
 
     >>> EvalSettings(context=1024).pieces
     6

@@ -10,6 +10,9 @@ from typing import Any
 from cachefold.evaluation.report import replace
 from cachefold.policies import get_policy
 
+_NO_LONGER_COUNTS = "batch_size"
+"""Older results have it among their settings, but it is about memory."""
+
 
 def claim(path: Path, facts: dict[str, Any], what: str) -> None:
     """Writes what results belong to, or finds the same there.
@@ -50,7 +53,7 @@ def refuse_other(what: str, there: dict[str, Any], here: dict[str, Any]) -> None
     here = json.loads(json.dumps(here))
     differing = [
         f"{name} {there.get(name)!r} there, {here.get(name)!r} now"
-        for name in sorted({*there, *here})
+        for name in sorted({*there, *here} - {_NO_LONGER_COUNTS})
         if _complete(name, there.get(name)) != _complete(name, here.get(name))
     ]
     if differing:

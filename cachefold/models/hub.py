@@ -30,6 +30,8 @@ CONFIG = "cachefold.json"
 FORMAT = 1
 ANY_REVISION = "any"
 """Revision of the base of an artefact that holds all weights: those of the base don't matter."""
+LOCAL = "local"
+"""Revision of a base in a folder; artefacts say `local:DIGEST` since that tells weights apart."""
 
 
 def trainable_state(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -120,6 +122,21 @@ def save_folded(
         for name in (WEIGHTS, CONFIG):
             os.replace(Path(scratch) / name, folder / name)
     return folder
+
+
+def fits_revision(made: str | None, found: str) -> bool:
+    """Whether an artefact made on one revision of its base belongs on another.
+
+    Args:
+        made: as its config says.
+        found: of the base that is there.
+
+    >>> fits_revision("local:1f", "local:2e"), fits_revision("local", "local:2e")
+    (False, True)
+    """
+    if made == LOCAL:  # an older artefact, which doesn't say which weights the folder had
+        return found.partition(":")[0] == LOCAL
+    return made in (found, ANY_REVISION)
 
 
 def update_config(folder: str | Path, changes: dict[str, Any]) -> None:

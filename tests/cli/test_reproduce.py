@@ -217,6 +217,17 @@ def test_an_unfinished_run_goes_on(cli: Run, place: Path) -> None:
     assert "step 1/" not in result.output
 
 
+def test_a_recipe_in_a_folder_of_recipes(cli: Run, place: Path, measured: list) -> None:
+    (place / "recipes" / "more").mkdir()
+    shutil.copy(place / "recipes" / "tiny.yaml", place / "recipes" / "more" / "tiny.yaml")
+    shutil.copy(place / "recipes" / "tiny.yaml", place / "tiny.yaml")
+    shipped = cli("reproduce", "more/tiny", "--shipped", *SIZE)  # not the artefact of `tiny`
+    assert shipped.exit_code == 2 and "weights are not shipped" in shipped.stderr
+    elsewhere = cli("reproduce", "tiny.yaml", *SIZE)
+    assert elsewhere.exit_code == 2 and "is not in recipes" in elsewhere.stderr
+    assert not measured
+
+
 def test_unknown_names_and_ratios(cli: Run, place: Path) -> None:
     result = cli("reproduce", "tny")
     assert "no recipe 'tny'" in result.stderr and "tiny" in result.stderr

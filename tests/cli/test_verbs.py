@@ -5,14 +5,16 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 from cachefold.cli import _places, demo, explain, generate
 from cachefold.cli._artefact import SHIPPED, load, open_artefact
+from cachefold.fingerprint import fingerprint
 from cachefold.models.fold import fold, new_cache
-from cachefold.models.hub import read_config, save_folded
+from cachefold.models.hub import read_config, save_folded, update_config
 from cachefold.policies import DMC, DMS, GQA
 from tests.cli.conftest import Run, words
 from tests.models.tiny import forbid_loading, scramble_decisions, tiny_model
@@ -105,6 +107,20 @@ def test_a_ratio_for_a_model_without_a_dial_is_refused(cli: Run, folder: Path) -
     error = cli("generate", "--artefact", folder / "artefact", "--prompt", "w1", "--cr", 4).stderr
     assert "cr=4.0: only a dial takes that, and this model has none; it serves cr=2 alone." in error
     assert "preset" not in error
+
+
+@pytest.mark.parametrize(
+    ("made", "warned"), [("local", False), ("local:{}", False), ("local:0", True), ("main", True)]
+)
+def test_an_artefact_of_another_base_warns(folder, tmp_path, capsys, made, warned) -> None:
+    place = tmp_path / "artefact"
+    shutil.copytree(folder / "artefact", place)
+    revision = made.format(fingerprint(folder / "base"))
+    update_config(place, {"base": {"id": str(folder / "base"), "revision": revision}})
+    load(open_artefact(place, "float32"))
+    error = capsys.readouterr().err
+    assert ("warning: the artefact was made on" in error) == warned
+    assert ("local:" in error) == warned
 
 
 def test_explain_agrees_with_the_cache(cli: Run, folder: Path) -> None:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from cachefold.evaluation import compare as module
 from cachefold.evaluation import measure
+from cachefold.evaluation import report as report_module
+from cachefold.evaluation.batches import Batcher
 from cachefold.evaluation.compare import Comparison
 from cachefold.evaluation.naming import Naming, parse_methods
 from cachefold.evaluation.settings import EvalSettings
 from cachefold.evaluation.task import Estimate
 from cachefold.models.fold import fold
-from cachefold.models.hub import save_folded
+from cachefold.models.hub import save_folded, update_config
 from cachefold.models.lora import add_lora
 from cachefold.policies import DMC
 from tests.models.tiny import scramble_decisions, tiny_model
@@ -215,16 +219,92 @@ def test_an_artefact_that_was_trained_again_is_no_finished_work(folder, tmp_path
     assert failure["method"] == "dmc-cr2" and "weights" in failure["reason"]
 
 
+def test_a_base_that_was_trained_again_is_no_finished_work(folder, tmp_path, tasks) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(folder / "base", base)
+    assert comparison(folder, out, "tova", model=str(base)).run()
+    before = json.loads((out / "eval.json").read_text())
+    assert before["revision"].startswith("local:")
+    model = tiny_model(eos_token_id=0, bos_token_id=None)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(2)
+    model.save_pretrained(base)
+    with pytest.raises(ValueError, match=r"revision 'local:.* there, 'local:.* now"):
+        comparison(folder, out, "tova", model=str(base)).run()
+    assert comparison(folder, tmp_path / "new", "tova", model=str(base)).run()
+    after = json.loads((tmp_path / "new/eval.json").read_text())
+    assert after["rows"][0]["loss"] != before["rows"][0]["loss"]
+
+
+@pytest.mark.parametrize(("made", "told"), [("local", 0), ("any", 0), ("local:0", 1)])
+def test_only_an_artefact_of_other_weights_is_told(folder, tmp_path, tasks, made, told) -> None:
+    shutil.copytree(folder / "artefacts/dmc", tmp_path / "artefacts/dmc")
+    base = {"id": str(folder / "base"), "revision": made}
+    update_config(tmp_path / "artefacts/dmc", {"base": base})
+    methods = parse_methods(["dmc"], Naming(base=base["id"], folders=(tmp_path / "artefacts",)))
+    run = comparison(folder, tmp_path / "out", "dense", tasks=[])
+    run.methods = methods
+    assert run.run()
+    assert len([note for note in run.report["notes"] if "was made on revision" in note]) == told
+
+
 def test_without_matplotlib_the_picture_is_missing(folder, tmp_path, tasks, monkeypatch) -> None:
-    monkeypatch.setattr(module, "missing", lambda: "run `pip install matplotlib`")
+    monkeypatch.setattr(report_module, "missing", lambda: "run `pip install matplotlib`")
     assert comparison(folder, tmp_path, "dense").run()
     assert not (tmp_path / "eval.png").exists()
     assert "No eval.png: run `pip install matplotlib`." in (tmp_path / "eval.md").read_text()
 
 
-def test_more_than_the_model_reads(folder: Path, tmp_path: Path, tasks) -> None:
-    with pytest.raises(ValueError, match="--context 513 is more than the 512 tokens"):
-        comparison(folder, tmp_path, "dense", context=513).run()
+def test_more_than_the_model_reads(folder: Path, tmp_path: Path, tasks, monkeypatch) -> None:
+    monkeypatch.setattr(module, "load_base", lambda *args: pytest.fail("loaded"))
+    for name in ("context", "tokens"):
+        with pytest.raises(ValueError, match=f"--{name} 513 is more than the 512 tokens"):
+            comparison(folder, tmp_path, "dense", **{name: 513}).run()
+
+
+def test_what_was_refused_leaves_the_folder_to_the_next(folder, tmp_path, tasks) -> None:
+    out = tmp_path / "out"
+    for changes in ({"context": 513}, {"tokens": 500}):  # more than the model reads, than there is
+        with pytest.raises(ValueError):
+            comparison(folder, out, "dense", **changes).run()
+        assert not out.exists()
+    assert comparison(folder, out, "dense").run()
+
+
+def test_a_method_that_was_refused_may_be_mended(folder, tmp_path, tasks) -> None:
+    place = tmp_path / "artefacts/dmc"
+    shutil.copytree(folder / "artefacts/dmc", place)
+    weights = (place / "cachefold.safetensors").read_bytes()
+    (place / "cachefold.safetensors").write_bytes(weights[:-8])
+    assert not comparison(folder, tmp_path / "out", str(place)).run()
+    (place / "cachefold.safetensors").write_bytes(weights)
+    assert comparison(folder, tmp_path / "out", str(place)).run()
+
+
+def test_memory_that_runs_out_in_a_batch_is_no_dead_end(
+    folder, tmp_path, tasks, monkeypatch, caplog
+) -> None:
+    run_batches = Batcher.run
+
+    def tight(self, lengths, spread, work):
+        def small(rows):
+            if len(rows) > 2:
+                raise MemoryError
+            return work(rows)
+
+        return run_batches(self, lengths, spread, small)
+
+    monkeypatch.setattr(Batcher, "run", tight)
+    run = comparison(folder, tmp_path, "dense", batch_size=3)
+    assert not run.run()
+    [failure] = run.report["failures"]
+    assert failure["reason"] == (
+        "MemoryError(); out of memory with 3 texts of up to 31 tokens; --batch-size auto finds "
+        "what fits"
+    )
+    assert not caplog.records  # a traceback would hide the advice
+    assert comparison(folder, tmp_path, "dense", batch_size=2).run()
+    assert json.loads((tmp_path / "eval.json").read_text())["settings"]["batch_size"] == 2
 
 
 def test_unknown_tasks_are_refused_before_anything_is_loaded(folder: Path, tmp_path: Path) -> None:

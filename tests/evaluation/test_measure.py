@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,26 @@ def test_texts(tmp_path: Path) -> None:
         measure.load_texts(files, make_tokenizer(), pieces=1, tokens=8, context=500)
     with pytest.raises(ValueError, match="no held-out text"):
         measure.load_texts([], make_tokenizer(), pieces=1, tokens=8, context=8)
+
+
+def test_only_the_ending_of_a_file_is_left_out_of_its_name(tmp_path: Path) -> None:
+    files = [write(tmp_path, f"law.{version}.txt", 100) for version in ("v1", "v2", "v2.old")]
+    texts = measure.load_texts(files, make_tokenizer(), pieces=1, tokens=32, context=40)
+    assert list(texts.pieces) == ["law.v1", "law.v2", "law.v2.old"]
+    shipped = sorted((Path(__file__).parents[2] / "data/heldout").glob("*.gz"))
+    assert measure.names_of(shipped) == [
+        "chat", "code", "moby_dick", "textbook", "wikipedia", "wikitext2",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("other", ["law.jsonl", "law.txt.gz", "law.jsonl.gz"])
+def test_two_files_of_one_name_are_refused(tmp_path: Path, other: str) -> None:
+    with pytest.raises(ValueError, match=f"law.txt and .*{other} would both be called law: rename"):
+        measure.names_of([tmp_path / "law.txt", tmp_path / "b.txt", tmp_path / other])
+
+
+def test_examples_run() -> None:
+    assert doctest.testmod(measure).attempted and not doctest.testmod(measure).failed
 
 
 def test_heldout_of_the_dense_model_is_a_plain_forward() -> None:

@@ -32,6 +32,14 @@ def test_results_of_a_policy_stay_when_it_gains_an_option() -> None:
             refuse_other("x has results", {"policy": other}, now)
 
 
+def test_results_of_another_batch_size_stay(tmp_path: Path) -> None:
+    path = tmp_path / "settings.json"
+    path.write_text('{"batch_size": 64, "limit": 1}')  # as it was written before
+    claim(path, {"limit": 1}, "results")
+    with pytest.raises(ValueError, match=r"settings \(limit 1 there, 2 now\)"):
+        claim(path, {"limit": 2}, "results")
+
+
 def test_a_result_is_measured_once(tmp_path: Path) -> None:
     path = tmp_path / "a/b.json"
     assert kept(path, lambda: {"x": 1}) == {"x": 1}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cachefold import DMC, TOVA, fold, is_folded, load_folded, save_folded
-from cachefold.models.hub import WEIGHTS, read_config
+from cachefold.models.hub import ANY_REVISION, WEIGHTS, fits_revision, read_config
 from cachefold.models.lora import add_lora
 from tests.models.tiny import random_ids, scramble_decisions, tiny_model
 
@@ -20,6 +20,15 @@ def _trained():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     return model
+
+
+def test_revisions_that_belong_together():
+    assert fits_revision("a", "a") and fits_revision(ANY_REVISION, "a")
+    assert not fits_revision("a", "b") and not fits_revision(None, "a")
+    # Artefacts of before weights in a folder were told apart.
+    assert fits_revision("local", "local") and fits_revision("local", "local:1f")
+    assert fits_revision("local:1f", "local:1f") and not fits_revision("local:1f", "local:2e")
+    assert not fits_revision("local", "a")
 
 
 def test_round_trip(tmp_path):

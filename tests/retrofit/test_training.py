@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Gemma2Config, Phi3Config, Qwen3Config
 
 from cachefold.core.decisions import Decisions
+from cachefold.fingerprint import fingerprint
 from cachefold.models.fold import FoldRun, fold
 from cachefold.models.hub import load_folded
 from cachefold.retrofit.arguments import checkpoint_activations
@@ -63,7 +64,8 @@ def test_reaches_the_ratio_and_recovers_quality(
     assert (final / "log.jsonl").read_text() == (workspace / "whole/log.jsonl").read_text()
     assert (final / "recipe.yaml").read_text() == config.to_yaml()
     artefact = json.loads((final / "cachefold.json").read_text())
-    assert artefact["base"] == {"id": config.model, "revision": "local"}
+    revision = f"local:{fingerprint(Path(config.model))}"
+    assert artefact["base"] == {"id": config.model, "revision": revision}
     loaded = load_folded(final, load_model(config)[0])
     assert loaded(torch.arange(8)[None]).logits.shape == (1, 8, 64)
 
