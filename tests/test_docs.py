@@ -100,8 +100,10 @@ def test_scripts_take_these_arguments(words, monkeypatch):
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_files_in_commands_exist_or_are_made_by_a_run(words):
-    named = [part for word in words for part in re.split(r"[,+=\[\]]", word) if "/" in part]
-    if words[1] == "reproduce" and len(words) > 2 and words[2].islower():
+    recipe = words[1] == "reproduce" and len(words) > 2 and words[2].islower()
+    paths = [*words[:2], *words[3:]] if recipe else words
+    named = [part for word in paths for part in re.split(r"[,+=\[\]]", word) if "/" in part]
+    if recipe:
         named.append(f"recipes/{words[2]}.yaml")
         named += [f"artefacts/{words[2]}"] if "--shipped" in words else []
     missing = [path for path in named if not (ROOT / path).exists()]
