@@ -27,7 +27,7 @@ def run(
     ] = False,
 ) -> None:
     """Measure a dial on your own text and keep the result in the artefact as a preset."""
-    from cachefold.cli._artefact import load, open_artefact
+    from cachefold.cli._artefact import check_can_change, load, open_artefact
     from cachefold.models.calibration import calibrate, check_has_dial
     from cachefold.models.hub import update_config
     from cachefold.text import check_file, evenly_spaced, load_blocks
@@ -35,16 +35,16 @@ def run(
     opened = open_artefact(artefact, dtype)
     check_has_dial(opened.policy)
     _check_preset(opened, preset, replace)
+    check_can_change(opened.folder)
     for file in files:
         check_file(file)
     loaded = load(opened)
     blocks = evenly_spaced(load_blocks(files, loaded.tokenizer, tokens), texts)
     table = calibrate(loaded.model, {preset: blocks})[preset]
     update_config(opened.folder, {"dial": loaded.config.get("dial", {}) | {preset: table}})
-    # A name may mean a folder beside the code, so the path says which artefact was changed.
-    print(
-        f"preset {preset}, {len(blocks)} texts of {tokens} tokens, written to {opened.folder.resolve()}"
-    )
+    # A name may mean a folder beside the code, so this says which artefact was changed.
+    changed = opened.folder.resolve()
+    print(f"preset {preset}, {len(blocks)} texts of {tokens} tokens, written to {changed}")
     for ratio, position in table:
         print(f"position {position:+.1f}  cr {ratio:.2f}")
 

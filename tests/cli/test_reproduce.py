@@ -116,7 +116,7 @@ def test_mistakes_are_told_before_anything_is_done(cli: Run, place: Path) -> Non
     (place / "taken" / "thesis.tex").touch()
     assert "something else than a run" in cli("reproduce", "tiny", "--out", "taken").stderr
     file = cli("reproduce", "tiny", "--shipped", "--out", "taken/thesis.tex").stderr
-    assert "is a file, a run or an artefact" in file
+    assert "can't be a folder, as" in file
     assert not (place / "runs").exists()
 
 
