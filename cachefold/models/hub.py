@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from cachefold.models.dial import turn_dial
 from cachefold.models.fold import check_unmerged, fold, is_folded, merge_weights, unfold
-from cachefold.models.lora import add_lora, lora_rank
+from cachefold.models.lora import add_lora, check_unadapted, lora_rank
 from cachefold.models.weights import ALL_WEIGHTS, load_artefact_state, trainable_state
 from cachefold.policies import get_policy, policy_class
 from cachefold.policies.budget import BudgetPolicy
@@ -199,7 +199,8 @@ def load_folded(
         The same model, folded, in eval mode.
 
     Raises:
-        ValueError: no artefact, or it does not fit the model, which is then as it was.
+        ValueError: no artefact, it does not fit the model, or the model has adapters; it is then as
+            it was.
 
     >>> import tempfile
     >>> from cachefold import DMC, fold
@@ -214,6 +215,7 @@ def load_folded(
     3
     """
     config = read_config(folder)
+    check_unadapted(base_model)  # an artefact was made on the base alone
     trainable = [(parameter, parameter.requires_grad) for parameter in base_model.parameters()]
     fold(base_model, get_policy(**config["policy"]))
     try:

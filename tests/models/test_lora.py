@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
-from cachefold import DMC, fold, save_folded, unfold
+from cachefold import DMC, fold, load_folded, save_folded, unfold
 from cachefold.evaluation.perplexity import heldout_loss
 from cachefold.models.families import project
 from cachefold.models.fold import FoldRun, merge_weights, new_cache
@@ -161,3 +162,37 @@ def test_merged_weights_are_trained_where_asked():
     logits = model(random_ids(1, 9), fold_run=FoldRun(mode="relaxed"), use_cache=False).logits
     logits.square().sum().backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if "_proj" in name)
+
+
+def _wrapped(model):
+    """A PeftModel around a model, with adapters that change its logits; always the same."""
+    torch.manual_seed(1)
+    wrapper = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"])).eval()
+    for name, parameter in wrapper.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    return wrapper
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_base_with_adapters_takes_no_artefact_and_keeps_them(tmp_path, rank, wrapped):
+    artefact = _trained() if rank else fold(tiny_model(), DMC(delay=2)).requires_grad_(False)
+    save_folded(artefact, tmp_path, base={"id": "tiny"})
+    wrapper, ids = _wrapped(tiny_model()), random_ids(1, 9)
+    model = wrapper if wrapped else wrapper.get_base_model()
+    before, flags = model(ids).logits, [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ValueError, match="on 4 modules such as .*q_proj; merge or remove your"):
+        load_folded(tmp_path, model)
+    assert torch.equal(model(ids).logits, before)
+    assert [p.requires_grad for p in model.parameters()] == flags
+    load_folded(tmp_path, wrapper.merge_and_unload())  # as the message says
+
+
+def test_adapters_are_not_added_over_others():
+    model, ids = _trained(), random_ids(1, 9)
+    before = model(ids).logits
+    with pytest.raises(ValueError, match="has adapters already"):
+        add_lora(model, 2)
+    assert torch.equal(model(ids).logits, before) and lora_rank(model) == 4
+    assert any(parameter.requires_grad for parameter in model.parameters())
