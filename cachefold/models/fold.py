@@ -55,8 +55,9 @@ def fold(model: PreTrainedModel, policy: Policy, codec: str | None = None) -> Pr
         The same model.
 
     Raises:
-        ValueError: already folded, unsupported family, a policy that doesn't fit, an unknown codec,
-            layers that accelerate runs, or none that can be folded; the model is then unchanged.
+        ValueError: no model of transformers, already folded, unsupported family, a policy that
+            doesn't fit, an unknown codec, layers that accelerate runs, or none that can be folded;
+            the model is then unchanged.
 
     >>> from cachefold import DMC
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -67,6 +68,7 @@ def fold(model: PreTrainedModel, policy: Policy, codec: str | None = None) -> Pr
     >>> model(torch.tensor([[1, 2, 3]])).past_key_values.compression_ratio()  # fresh: no merge
     1.0
     """
+    families.check_model(model)
     if is_folded(model):
         raise ValueError("the model is folded already; call unfold(model) first")
     if codec is not None:
@@ -149,6 +151,7 @@ def unfold(model: PreTrainedModel) -> PreTrainedModel:
     >>> type(unfold(fold(LlamaForCausalLM(config), DMC()))).__name__
     'LlamaForCausalLM'
     """
+    families.check_model(model)
     if not is_folded(model):
         raise ValueError("the model is not folded; there is nothing to take back")
     check_unmerged(model, "taken back")

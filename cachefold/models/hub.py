@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from cachefold.models.dial import turn_dial
+from cachefold.models.families import check_model
 from cachefold.models.fold import check_unmerged, fold, is_folded, merge_weights, unfold
 from cachefold.models.lora import add_lora, check_unadapted, lora_rank
 from cachefold.models.weights import ALL_WEIGHTS, load_artefact_state, trainable_state
@@ -64,6 +65,7 @@ def save_folded(
     ...     sorted(p.name for p in save_folded(model, folder, base={"id": "tiny"}).iterdir())
     ['cachefold.json', 'cachefold.safetensors']
     """
+    check_model(model)
     if not is_folded(model):
         raise ValueError("only a folded model can be saved; call fold(model, policy) first")
     name = model.config.cachefold["name"]

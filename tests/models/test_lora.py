@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
-from cachefold import DMC, fold, load_folded, save_folded, unfold
+from cachefold import DMC, fold, folded, load_folded, save_folded, unfold
 from cachefold.evaluation.perplexity import heldout_loss
 from cachefold.models.families import project
 from cachefold.models.fold import FoldRun, merge_weights, new_cache
@@ -196,3 +196,35 @@ def test_adapters_are_not_added_over_others():
         add_lora(model, 2)
     assert torch.equal(model(ids).logits, before) and lora_rank(model) == 4
     assert any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_wrapped_model_is_refused_and_the_model_in_it_folds(tmp_path):
+    wrapper, ids, policy = _wrapped(tiny_model()), random_ids(1, 9), DMC(delay=2)
+    before = wrapper(ids).logits
+    for refused in (
+        lambda: fold(wrapper, policy),
+        lambda: folded(wrapper, policy).__enter__(),
+        lambda: unfold(wrapper),
+        lambda: save_folded(wrapper, tmp_path / "a", base={"id": "tiny"}),
+    ):
+        with pytest.raises(ValueError, match=r"model\.get_base_model\(\)"):
+            refused()
+    assert torch.equal(wrapper(ids).logits, before)
+    model = fold(wrapper.get_base_model(), policy)
+    for either in (wrapper, model):
+        assert torch.equal(either(ids).logits, before)
+        out = either.generate(input_ids=ids, max_new_tokens=3, return_dict_in_generate=True)
+        assert type(out.past_key_values).__name__ == "FoldedCache"
+
+
+def test_a_folded_model_can_be_wrapped():
+    ids = random_ids(1, 9)
+    wrapper = _wrapped(fold(tiny_model(), DMC(delay=2)))
+    assert torch.equal(wrapper(ids).logits, _wrapped(tiny_model())(ids).logits)
+    out = wrapper.generate(input_ids=ids, max_new_tokens=3, return_dict_in_generate=True)
+    assert type(out.past_key_values).__name__ == "FoldedCache"
+
+
+def test_what_is_no_model_of_transformers_is_refused():
+    with pytest.raises(ValueError, match=r"a transformers.PreTrainedModel is needed.*nn.*Linear"):
+        fold(torch.nn.Linear(2, 2), DMC())
