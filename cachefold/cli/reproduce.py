@@ -136,6 +136,7 @@ def _train(config: RetrofitConfig) -> Path:
     from cachefold.retrofit.run import FINAL
 
     output = Path(config.output_dir)
+    check_writable(output)  # as --out, which it was asked for by
     begun = (output / "recipe.yaml").is_file()
     artefact = (output / "cachefold.json").is_file()
     if artefact or (not begun and output.is_dir() and any(output.iterdir())):
