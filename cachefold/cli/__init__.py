@@ -32,7 +32,7 @@ is named like it, with _ for -."""
 
 
 class LazyGroup(TyperGroup):
-    """Imports a verb when it is asked for and prints ValueErrors as one line."""
+    """Imports a verb when it is asked for and prints what a user can mend as one line."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Names of the verbs."""
@@ -62,11 +62,19 @@ class LazyGroup(TyperGroup):
         return super().resolve_command(ctx, args)
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> Any:
-        """Runs; a ValueError of the library ends with exit code 2 and no traceback."""
+        """Runs; what a user can mend ends with exit code 2 and no traceback.
+
+        That is a ValueError of the library, or an OSError that names a file.
+        """
         try:
             return super().main(args, *rest, **extra)
         except ValueError as error:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            sys.exit(2)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
             sys.exit(2)
 
 

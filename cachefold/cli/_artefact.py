@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cachefold.cli._places import find_artefact
+from cachefold.writable import check_writable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,6 +38,15 @@ class Artefact:
     def base(self) -> str:
         """Zoo name, folder or hub id of its base model."""
         return str(self.config["base"]["id"])
+
+
+def check_can_change(folder: Path) -> None:
+    """Refuses an artefact in a folder that can't be written to.
+
+    Raises:
+        ValueError: no right to.
+    """
+    check_writable(folder, "artefact", "copy the artefact to a folder of your own first")
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ def run(
     name: Annotated[str, typer.Option(help="Of the artefact; without, that of its folder.")] = "",
 ) -> None:
     """Write README.md beside an artefact: what it is, how it was made, what was measured."""
+    from cachefold.cli._artefact import check_can_change
     from cachefold.cli._places import find_artefact
     from cachefold.retrofit.card import CARD, CURVE, HELDOUT, card, tables_of
     from cachefold.retrofit.run import FINAL
@@ -21,6 +22,7 @@ def run(
     folder = find_artefact(artefact)
     path = folder.resolve()
     name = name or (path.parent.name if path.name == FINAL else path.name)
+    check_can_change(folder)
     card(folder, name)  # what is missing is said before anything is written
     tables, others = tables_of(folder)
     if others:

@@ -11,6 +11,7 @@ import typer
 
 from cachefold.cli._artefact import SHIPPED
 from cachefold.cli._places import find
+from cachefold.writable import check_writable
 
 if TYPE_CHECKING:
     from cachefold.cache.folded import FoldedCache
@@ -35,6 +36,7 @@ def run(
     ] = None,
 ) -> None:
     """Continue a real document with a folded cache and measure what folding costs."""
+    check_writable(out)
     data = find(data)
     files = sorted(data.glob("*.jsonl.gz")) + sorted(data.glob("*.jsonl"))
     if data / document not in files:

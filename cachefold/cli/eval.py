@@ -234,11 +234,12 @@ def _refuse_beside_from(ctx: typer.Context) -> None:
 
 def _again(source: Path, out: Path | None) -> None:
     """Table and picture of a report that is there."""
-    from cachefold.evaluation.report import check_folder, markdown, note_picture, read, write
+    from cachefold.evaluation.report import markdown, note_picture, read, write
+    from cachefold.writable import check_writable
 
     report = read(source)
     folder = out or (source if source.is_dir() else source.parent)
-    check_folder(folder)
+    check_writable(folder)
     picture = note_picture(report)
     print(markdown(report))
     for path in write(report, folder, picture=picture):

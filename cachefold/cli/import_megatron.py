@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from cachefold.writable import check_writable
+
 
 def run(
     checkpoint: Annotated[
@@ -24,6 +26,7 @@ def run(
     """Turn a DMC checkpoint of Megatron-LM into an artefact."""
     if out.exists():
         raise ValueError(f"--out {out} is there already; give a new folder")
+    check_writable(out)
     from transformers.utils import logging
 
     from cachefold.models.hub import ANY_REVISION, save_folded

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cachefold.cli._places import ARTEFACTS, RECIPES, REPOSITORY, find, find_recipe
+from cachefold.writable import check_writable
 
 if TYPE_CHECKING:
     from cachefold.retrofit.config import RetrofitConfig
@@ -90,9 +91,10 @@ def _check_shipped(artefact: Path, out: Path) -> None:
             f"{artefact.name} has a recipe, but its weights are not shipped: leave --shipped out "
             "to train it; `cachefold ls artefacts` shows what is shipped"
         )
-    if (out.exists() and not out.is_dir()) or (out / "recipe.yaml").exists():
+    check_writable(out)
+    if (out / "recipe.yaml").exists():
         raise ValueError(
-            f"{out} is a file, a run or an artefact; name another folder for the table with --out"
+            f"{out} is a run or an artefact; name another folder for the table with --out"
         )
 
 
@@ -134,6 +136,7 @@ def _train(config: RetrofitConfig) -> Path:
     from cachefold.retrofit.run import FINAL
 
     output = Path(config.output_dir)
+    check_writable(output)  # as --out, which it was asked for by
     begun = (output / "recipe.yaml").is_file()
     artefact = (output / "cachefold.json").is_file()
     if artefact or (not begun and output.is_dir() and any(output.iterdir())):

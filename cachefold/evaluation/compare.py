@@ -23,6 +23,7 @@ from cachefold.evaluation.store import claim, kept
 from cachefold.evaluation.subject import Subject
 from cachefold.evaluation.task import get_task
 from cachefold.models.hub import fits_revision, read_config
+from cachefold.writable import check_writable
 from cachefold.zoo import base_config, base_revision, load_base
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ class Comparison:
     ) -> None:
         for name in tasks:
             get_task(name)
-        report.check_folder(out)
+        check_writable(out)
         self.settings, self.methods, self.tasks = settings, list(methods), list(tasks)
         self.files, self.out, self.progress = list(files), out, progress
         self.parts: dict[str, Parts] = {}

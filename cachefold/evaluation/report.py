@@ -40,19 +40,6 @@ def write(report: dict[str, Any], folder: Path, *, picture: bool = True) -> list
     return files
 
 
-def check_folder(folder: Path) -> None:
-    """Finds out before anything is measured whether a report can be written; makes nothing.
-
-    Raises:
-        ValueError: it is no folder, can't be made, or can't be written to.
-    """
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not there.is_dir():
-        raise ValueError(f"--out {folder} can't be a folder, as {there} is a file; give another")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"--out {folder}: no right to write in {there}; give another folder")
-
-
 def note_picture(report: dict[str, Any]) -> bool:
     """Notes in a report why it gets no picture, in place of what an earlier try noted.
 

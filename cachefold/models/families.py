@@ -19,6 +19,26 @@ JOINED, JOINED_BIAS = "joined_weight", "joined_bias"
 """Buffers of an attention layer whose projections are laid into one."""
 
 
+def check_model(model: Any) -> None:
+    """Refuses what is no model of transformers, or wraps one.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if isinstance(model, PreTrainedModel):
+        return
+    found = f"{type(model).__module__}.{type(model).__name__}"
+    if hasattr(model, "get_base_model"):  # peft
+        raise ValueError(
+            f"{found} wraps a model; give the model in it, model.get_base_model(), and go on with "
+            "either. Or fold first and wrap the folded model, which works as well"
+        )
+    raise ValueError(
+        f"a transformers.PreTrainedModel is needed, such as AutoModelForCausalLM.from_pretrained "
+        f"gives; got {found}. Of a wrapped model give the model in it"
+    )
+
+
 def attention_layers(model: PreTrainedModel) -> list[Any]:
     """The attention module of every decoder layer, in order.
 

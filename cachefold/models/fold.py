@@ -55,8 +55,9 @@ def fold(model: PreTrainedModel, policy: Policy, codec: str | None = None) -> Pr
         The same model.
 
     Raises:
-        ValueError: already folded, unsupported family, a policy that doesn't fit, an unknown codec,
-            layers that accelerate runs, or none that can be folded; the model is then unchanged.
+        ValueError: no model of transformers, already folded, unsupported family, a policy that
+            doesn't fit, an unknown codec, layers that accelerate runs, or none that can be folded;
+            the model is then unchanged.
 
     >>> from cachefold import DMC
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -67,6 +68,7 @@ def fold(model: PreTrainedModel, policy: Policy, codec: str | None = None) -> Pr
     >>> model(torch.tensor([[1, 2, 3]])).past_key_values.compression_ratio()  # fresh: no merge
     1.0
     """
+    families.check_model(model)
     if is_folded(model):
         raise ValueError("the model is folded already; call unfold(model) first")
     if codec is not None:
@@ -78,6 +80,7 @@ def fold(model: PreTrainedModel, policy: Policy, codec: str | None = None) -> Pr
     ]
     state: Any = model
     state._cachefold_adapted = frozenset(adapted_modules(model))
+    state._cachefold_loaded = frozenset()
     state._cachefold_policy, state._cachefold_codec = policy, codec
     state._cachefold_dial, state._cachefold_merged = Dial(), False
     for layer, decision in zip(full, decisions, strict=True):
@@ -148,6 +151,7 @@ def unfold(model: PreTrainedModel) -> PreTrainedModel:
     >>> type(unfold(fold(LlamaForCausalLM(config), DMC()))).__name__
     'LlamaForCausalLM'
     """
+    families.check_model(model)
     if not is_folded(model):
         raise ValueError("the model is not folded; there is nothing to take back")
     check_unmerged(model, "taken back")
@@ -167,6 +171,7 @@ def unfold(model: PreTrainedModel) -> PreTrainedModel:
     mix_out(model)
     del state._cachefold_hook, state._cachefold_adapted, state._cachefold_merged
     del state._cachefold_policy, state._cachefold_codec, state._cachefold_dial
+    del state._cachefold_loaded
     del state.config.cachefold
     return model
 

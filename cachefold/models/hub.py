@@ -1,6 +1,7 @@
-"""Artefacts: adapters and decision weights in one safetensors file beside a JSON config.
+"""Artefacts: what was trained in one safetensors file beside a JSON config.
 
-The base model is named, never copied. Nothing is pickled.
+That is decision weights, with adapters or with weights of the base model where those were trained;
+the rest of the base model is named, not copied. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -9,19 +10,17 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from cachefold.models.dial import turn_dial
+from cachefold.models.families import check_model
 from cachefold.models.fold import check_unmerged, fold, is_folded, merge_weights, unfold
-from cachefold.models.lora import add_lora, lora_rank
+from cachefold.models.lora import add_lora, check_unadapted, lora_rank
+from cachefold.models.weights import ALL_WEIGHTS, load_artefact_state, trainable_state
 from cachefold.policies import get_policy, policy_class
 from cachefold.policies.budget import BudgetPolicy
 
@@ -34,46 +33,6 @@ LOCAL = "local"
 """Revision of a base in a folder; artefacts say `local:DIGEST` since that tells weights apart."""
 
 
-def trainable_state(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Adapters, decision weights and whatever else is trained, by parameter name, on CPU."""
-    return {
-        name: parameter.detach().cpu().contiguous()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad or "lora_" in name or ".decision." in name
-    }
-
-
-def load_trainable_state(model: PreTrainedModel, path: Path, *, fresh: Sequence[str] = ()) -> None:
-    """Copies a saved state into a model of the same shape, in place.
-
-    Args:
-        model: folded, with LoRA if the state has it.
-        path: the safetensors file.
-        fresh: endings of parameter names that may be missing there, and then stay as they are.
-
-    Raises:
-        ValueError: unreadable file, missing or surplus names, other shapes; nothing is copied.
-    """
-    try:
-        state = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"can't read {path}: {error}") from error
-    parameters = dict(model.named_parameters())
-    expected = {name for name in trainable_state(model) if not name.endswith(tuple(fresh))}
-    if expected - set(state) or set(state) - set(parameters):
-        odd = sorted((expected - set(state)) | (set(state) - set(parameters)))
-        raise ValueError(f"{path} does not fit the model; first name that differs: {odd[0]}")
-    for name, tensor in state.items():
-        if tensor.shape != parameters[name].shape:
-            raise ValueError(
-                f"{path}: {name} is {tuple(tensor.shape)}, the model has "
-                f"{tuple(parameters[name].shape)}"
-            )
-    with torch.no_grad():
-        for name, tensor in state.items():
-            parameters[name].copy_(tensor)
-
-
 def save_folded(
     model: PreTrainedModel,
     folder: str | Path,
@@ -82,6 +41,8 @@ def save_folded(
     extra: dict[str, Any] | None = None,
 ) -> Path:
     """Writes an artefact of a folded model; each file is complete or absent.
+
+    It gets decision weights and adapters, and those weights of the base that are trainable.
 
     Args:
         model: folded.
@@ -104,6 +65,7 @@ def save_folded(
     ...     sorted(p.name for p in save_folded(model, folder, base={"id": "tiny"}).iterdir())
     ['cachefold.json', 'cachefold.safetensors']
     """
+    check_model(model)
     if not is_folded(model):
         raise ValueError("only a folded model can be saved; call fold(model, policy) first")
     name = model.config.cachefold["name"]
@@ -115,9 +77,11 @@ def save_folded(
     check_unmerged(model, "saved as an artefact")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = _config(model, base) | (extra or {})
+    weights = trainable_state(model)
+    whole = len(weights) == len([*model.parameters()])
+    config = _config(model, base) | {ALL_WEIGHTS: whole} | (extra or {})
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        save_file(trainable_state(model), Path(scratch) / WEIGHTS, metadata={"format": "pt"})
+        save_file(weights, Path(scratch) / WEIGHTS, metadata={"format": "pt"})
         (Path(scratch) / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         for name in (WEIGHTS, CONFIG):
             os.replace(Path(scratch) / name, folder / name)
@@ -237,7 +201,8 @@ def load_folded(
         The same model, folded, in eval mode.
 
     Raises:
-        ValueError: no artefact, or it does not fit the model, which is then as it was.
+        ValueError: no artefact, it does not fit the model, or the model has adapters; it is then as
+            it was.
 
     >>> import tempfile
     >>> from cachefold import DMC, fold
@@ -252,13 +217,14 @@ def load_folded(
     3
     """
     config = read_config(folder)
+    check_unadapted(base_model)  # an artefact was made on the base alone
     trainable = [(parameter, parameter.requires_grad) for parameter in base_model.parameters()]
     fold(base_model, get_policy(**config["policy"]))
     try:
         turn_dial(base_model, config.get("dial", {}), cr, preset)
         if config["lora_rank"]:
             add_lora(base_model, config["lora_rank"])
-        load_trainable_state(base_model, Path(folder) / WEIGHTS)
+        load_artefact_state(base_model, Path(folder) / WEIGHTS, config)
     except ValueError:
         unfold(base_model)
         for parameter, requires_grad in trainable:

@@ -15,7 +15,11 @@ def add_lora(model: PreTrainedModel, rank: int) -> PreTrainedModel:
     """Adds LoRA (alpha = 2 * rank) to the attention projections, in place; freezes the base.
 
     Decision modules stay trainable. The class of the model does not change.
+
+    Raises:
+        ValueError: the model has adapters already.
     """
+    check_unadapted(model)
     model.requires_grad_(False)
     fused = any(name.endswith("qkv_proj") for name, _ in model.named_modules())
     targets = ["qkv_proj", "o_proj"] if fused else ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -25,6 +29,20 @@ def add_lora(model: PreTrainedModel, rank: int) -> PreTrainedModel:
             parameter.requires_grad_(True)
             parameter.data = parameter.data.float()
     return model
+
+
+def check_unadapted(model: PreTrainedModel) -> None:
+    """Refuses a model with adapters, which new ones of the same name would take the place of.
+
+    Raises:
+        ValueError: it has some.
+    """
+    if adapted := adapted_modules(model):
+        raise ValueError(
+            f"the model has adapters already, on {len(adapted)} modules such as {min(adapted)}; "
+            "merge or remove your adapters first (model = peft_model.merge_and_unload(), or "
+            ".unload()), or load the base model without them"
+        )
 
 
 def lora_rank(model: PreTrainedModel) -> int:

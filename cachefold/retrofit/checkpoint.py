@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.trainer_utils import get_last_checkpoint
 
 from cachefold.retrofit.config import RetrofitConfig, load_recipe
+from cachefold.writable import check_writable
 
 WEIGHTS = "trainable.safetensors"
 RECIPE = "recipe.yaml"
@@ -73,12 +74,11 @@ def check_output(config: RetrofitConfig, resume: bool) -> None:
         resume: continue the run that lies there.
 
     Raises:
-        ValueError: the folder is a file, or holds something and `resume` is off, or `resume` is on
-            and it holds no run or the run of another recipe.
+        ValueError: the folder can't be written to, or holds something and `resume` is off, or
+            `resume` is on and it holds no run or the run of another recipe.
     """
     folder = Path(config.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output_dir {folder} is a file; choose another")
+    check_writable(folder, "output_dir", "choose another output_dir")
     if not resume:
         if folder.is_dir() and any(folder.iterdir()):
             raise ValueError(

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from cachefold.core.dial import Dial, nominal_position
 from cachefold.models.families import attention_layers
 from cachefold.models.fold import fold, folded_layers
-from cachefold.models.hub import WEIGHTS, load_trainable_state, read_config
+from cachefold.models.hub import WEIGHTS, read_config
 from cachefold.models.lora import add_lora
+from cachefold.models.weights import load_artefact_state
 from cachefold.policies.decisions import LinearDecision
 from cachefold.policies.gqa import GQA
 from cachefold.retrofit.config import RetrofitConfig
@@ -147,7 +148,7 @@ def start_from(model: PreTrainedModel, config: RetrofitConfig) -> None:
     artefact = check_init(config)
     fresh = [name for name, _ in model.named_parameters() if _is_new(name, artefact["policy"])]
     with _dial_settled(model, artefact, config.build_policy()):
-        load_trainable_state(model, Path(config.init) / WEIGHTS, fresh=tuple(fresh))
+        load_artefact_state(model, Path(config.init) / WEIGHTS, artefact, fresh=tuple(fresh))
 
 
 @contextlib.contextmanager

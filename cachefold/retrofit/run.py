@@ -20,13 +20,8 @@ from cachefold.core.decisions import Decisions
 from cachefold.models.calibration import calibrate
 from cachefold.models.dial import has_dial, turn_dial
 from cachefold.models.fold import FoldRun
-from cachefold.models.hub import (
-    CONFIG,
-    load_trainable_state,
-    read_config,
-    save_folded,
-    trainable_state,
-)
+from cachefold.models.hub import CONFIG, read_config, save_folded
+from cachefold.models.weights import load_trainable_state, trainable_state
 from cachefold.retrofit.checkpoint import RECIPE, WEIGHTS, check_finite, check_output, claim_output
 from cachefold.retrofit.config import RetrofitConfig
 from cachefold.retrofit.data import (

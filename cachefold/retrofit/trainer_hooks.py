@@ -15,7 +15,7 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
-from cachefold.models.hub import load_trainable_state, trainable_state
+from cachefold.models.weights import load_trainable_state, trainable_state
 from cachefold.retrofit.checkpoint import RECIPE, WEIGHTS, WRITING, check_finite, publish
 from cachefold.retrofit.config import RetrofitConfig
 

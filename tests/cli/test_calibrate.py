@@ -24,17 +24,42 @@ def dial(folder: Path, tmp_path: Path) -> Path:
     return save_folded(model, tmp_path / "dial", base=base)
 
 
-def test_calibrate_writes_a_preset(cli: Run, folder: Path, dial: Path) -> None:
+def test_calibrate_writes_a_preset(
+    cli: Run, folder: Path, dial: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     files = sorted((folder / "data").iterdir())
-    result = cli(
-        "calibrate", dial, *files, "--preset", "code", "--tokens", 64, "--dtype", "float32"
-    )
+    options = ("--tokens", 64, "--dtype", "float32")
+    result = cli("calibrate", dial, *files, "--preset", "code", *options)
     assert result.exit_code == 0, result.output
     assert "preset code" in result.output
     table = read_config(dial)["dial"]["code"]
     assert table == sorted(table) and len(table) >= 2
-    result = cli("calibrate", dial, *files, "--tokens", 64, "--dtype", "float32")
+    # As a run advises whose dial could not be calibrated: `bulk` is missing.
+    monkeypatch.chdir(dial)
+    result = cli("calibrate", ".", *files, *options)
+    assert f"written to {dial.resolve()}\n" in result.output
     assert set(read_config(dial)["dial"]) == {"code", "bulk"}
+
+
+@pytest.mark.parametrize(("name", "words"), [("bulk", ()), ("code", ("--preset", "code"))])
+def test_a_preset_is_replaced_only_when_asked(
+    cli: Run, folder: Path, dial: Path, name: str, words: tuple[str, ...]
+) -> None:
+    old = {"bulk": [[2.0, 0.0], [4.0, 1.0]], "code": [[2.0, 0.5], [4.0, 1.5]]}
+    update_config(dial, {"dial": old})
+    command = ("calibrate", dial, folder / "data" / "one.jsonl", *words, "--tokens", 64)
+    command = (*command, "--dtype", "float32")
+    with pytest.MonkeyPatch.context() as patch:
+        forbid_loading(patch)
+        result = cli(*command)
+    assert result.exit_code == 2 and result.stdout == ""
+    assert f"has a preset {name!r} already (presets there: bulk, code)" in result.stderr
+    assert "--preset NAME" in result.stderr and "--replace" in result.stderr
+    assert read_config(dial)["dial"] == old
+    result = cli(*command, "--replace")
+    assert result.exit_code == 0, result.output
+    new = read_config(dial)["dial"]
+    assert new.pop(name) != old.pop(name) and new == old
 
 
 def test_calibrate_refuses_before_it_loads(
@@ -43,6 +68,8 @@ def test_calibrate_refuses_before_it_loads(
     forbid_loading(monkeypatch)
     text = folder / "data" / "one.jsonl"
     assert "no dial to calibrate" in cli("calibrate", folder / "artefact", text).stderr
+    for empty in ("", " "):
+        assert "needs a name" in cli("calibrate", dial, text, "--preset", empty).stderr
     assert "no text file at nosuch.txt" in cli("calibrate", dial, text, "nosuch.txt").stderr
     assert "text files end in" in cli("calibrate", dial, text, dial / "cachefold.json").stderr
 

@@ -115,8 +115,10 @@ def test_mistakes_are_told_before_anything_is_done(cli: Run, place: Path) -> Non
     (place / "taken").mkdir()
     (place / "taken" / "thesis.tex").touch()
     assert "something else than a run" in cli("reproduce", "tiny", "--out", "taken").stderr
-    file = cli("reproduce", "tiny", "--shipped", "--out", "taken/thesis.tex").stderr
-    assert "is a file, a run or an artefact" in file
+    for words in (("--shipped",), ()):
+        for out in ("taken/thesis.tex", "taken/thesis.tex/deeper"):
+            told = cli("reproduce", "tiny", *words, "--out", out).stderr
+            assert told.startswith(f"error: --out {out} can't be a folder, as")
     assert not (place / "runs").exists()
 
 

@@ -50,6 +50,30 @@ def test_value_error_is_one_line(cli: Run, tmp_path: Path) -> None:
     assert "no cachefold artefact" in result.stderr and "Traceback" not in result.stderr
 
 
+def test_error_of_a_file_is_one_line(
+    cli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        (tmp_path / "no" / "such").read_text()
+
+    monkeypatch.setattr("cachefold.retrofit.config.load_recipe", fail)
+    (tmp_path / "x.yaml").touch()
+    result = cli("retrofit", tmp_path / "x.yaml")
+    assert result.exit_code == 2 and result.stdout == ""
+    assert result.stderr == f"error: {tmp_path}/no/such: No such file or directory\n"
+
+
+def test_error_of_the_system_without_a_file_keeps_its_trace(
+    cli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError("no file")
+
+    monkeypatch.setattr("cachefold.retrofit.config.load_recipe", fail)
+    (tmp_path / "x.yaml").touch()
+    assert isinstance(cli("retrofit", tmp_path / "x.yaml").exception, OSError)
+
+
 def test_interrupt_exits_130(cli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import doctest
 import json
-import os
 from pathlib import Path
 
 import pytest
 
 from cachefold.evaluation import report as module
-from cachefold.evaluation.report import check_folder, markdown, read, write
+from cachefold.evaluation.report import markdown, read, write
 from tests.evaluation.reports import report
 
 
@@ -27,18 +26,6 @@ def test_files_are_written_and_read_again(tmp_path: Path) -> None:
     assert {**again, "format": None} == {**made, "format": None}
     assert markdown(again) + "\n" == files[1].read_text()
     assert read(files[0]) == again
-
-
-def test_a_folder_without_rights_is_refused(tmp_path: Path, monkeypatch) -> None:
-    refused: list[object] = []
-    monkeypatch.setattr("os.access", lambda *asked: bool(refused.append(asked)))  # root has all
-    with pytest.raises(ValueError, match=f"no right to write in {tmp_path}; give another folder"):
-        check_folder(tmp_path / "a/b")
-    assert refused == [(tmp_path, os.W_OK | os.X_OK)]
-    monkeypatch.undo()
-    check_folder(tmp_path / "a/b")
-    check_folder(Path("relative/folder"))
-    assert not list(tmp_path.iterdir()) and not Path("relative").exists()
 
 
 def test_table() -> None:

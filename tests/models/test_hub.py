@@ -6,10 +6,18 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from cachefold import DMC, TOVA, fold, is_folded, load_folded, save_folded
-from cachefold.models.hub import ANY_REVISION, WEIGHTS, fits_revision, read_config
+from cachefold.models.hub import (
+    ANY_REVISION,
+    CONFIG,
+    WEIGHTS,
+    fits_revision,
+    read_config,
+)
 from cachefold.models.lora import add_lora
+from cachefold.models.weights import ALL_WEIGHTS
 from tests.models.tiny import random_ids, scramble_decisions, tiny_model
 
 
@@ -20,6 +28,23 @@ def _trained():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     return model
+
+
+def _changed(*trainable: str):
+    """A model without adapters of which decisions and these weights were trained."""
+    model = fold(tiny_model(), DMC(delay=2))
+    scramble_decisions(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".decision." in name or any(word in name for word in trainable))
+        if parameter.requires_grad and ".decision." not in name:
+            parameter.data += 0.1
+    return model
+
+
+def _as_of_an_older_version(folder):
+    config = json.loads((folder / CONFIG).read_text())
+    del config[ALL_WEIGHTS]
+    (folder / CONFIG).write_text(json.dumps(config))
 
 
 def test_revisions_that_belong_together():
@@ -96,3 +121,43 @@ def test_a_policy_that_learns_nothing_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match="tova learns nothing"):
         save_folded(model, tmp_path / "a", base={"id": "tiny", "revision": "none"})
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(
+    ("trained", "count", "older"),
+    [
+        ((), 4, False),
+        ((), 4, True),
+        (("norm",), 9, False),  # older versions refused it on a base that is trainable
+        (("",), 25, False),
+        (("",), 25, True),
+    ],
+)
+def test_an_artefact_without_adapters_loads_on_any_base(tmp_path, trained, count, older, frozen):
+    model, ids = _changed(*trained), random_ids(1, 20)
+    save_folded(model, tmp_path / "a", base={"id": "tiny"})
+    assert len(load_file(tmp_path / "a" / WEIGHTS)) == count
+    if older:
+        _as_of_an_older_version(tmp_path / "a")
+    loaded = load_folded(tmp_path / "a", tiny_model().requires_grad_(not frozen))
+    # Saved again, it holds the same: all its weights are frozen now.
+    save_folded(loaded, tmp_path / "b", base={"id": "tiny"})
+    again = load_folded(tmp_path / "b", tiny_model().requires_grad_(not frozen))
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+        assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.parametrize("missing", ["lm_head.weight", "model.layers.1.self_attn.decision.weight"])
+def test_an_artefact_that_lacks_a_weight_is_refused(tmp_path, missing, older, frozen):
+    save_folded(_changed(""), tmp_path, base={"id": "tiny"})
+    if older:
+        _as_of_an_older_version(tmp_path)
+    state = load_file(tmp_path / WEIGHTS)
+    del state[missing]
+    save_file(state, tmp_path / WEIGHTS)
+    with pytest.raises(ValueError, match=f"first name that differs: {missing}"):
+        load_folded(tmp_path, tiny_model().requires_grad_(not frozen))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
-from cachefold import DMC, fold, save_folded, unfold
+from cachefold import DMC, fold, folded, load_folded, save_folded, unfold
 from cachefold.evaluation.perplexity import heldout_loss
 from cachefold.models.families import project
 from cachefold.models.fold import FoldRun, merge_weights, new_cache
@@ -161,3 +162,69 @@ def test_merged_weights_are_trained_where_asked():
     logits = model(random_ids(1, 9), fold_run=FoldRun(mode="relaxed"), use_cache=False).logits
     logits.square().sum().backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if "_proj" in name)
+
+
+def _wrapped(model):
+    """A PeftModel around a model, with adapters that change its logits; always the same."""
+    torch.manual_seed(1)
+    wrapper = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"])).eval()
+    for name, parameter in wrapper.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    return wrapper
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_base_with_adapters_takes_no_artefact_and_keeps_them(tmp_path, rank, wrapped):
+    artefact = _trained() if rank else fold(tiny_model(), DMC(delay=2)).requires_grad_(False)
+    save_folded(artefact, tmp_path, base={"id": "tiny"})
+    wrapper, ids = _wrapped(tiny_model()), random_ids(1, 9)
+    model = wrapper if wrapped else wrapper.get_base_model()
+    before, flags = model(ids).logits, [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ValueError, match="on 4 modules such as .*q_proj; merge or remove your"):
+        load_folded(tmp_path, model)
+    assert torch.equal(model(ids).logits, before)
+    assert [p.requires_grad for p in model.parameters()] == flags
+    load_folded(tmp_path, wrapper.merge_and_unload())  # as the message says
+
+
+def test_adapters_are_not_added_over_others():
+    model, ids = _trained(), random_ids(1, 9)
+    before = model(ids).logits
+    with pytest.raises(ValueError, match="has adapters already"):
+        add_lora(model, 2)
+    assert torch.equal(model(ids).logits, before) and lora_rank(model) == 4
+    assert any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_wrapped_model_is_refused_and_the_model_in_it_folds(tmp_path):
+    wrapper, ids, policy = _wrapped(tiny_model()), random_ids(1, 9), DMC(delay=2)
+    before = wrapper(ids).logits
+    for refused in (
+        lambda: fold(wrapper, policy),
+        lambda: folded(wrapper, policy).__enter__(),
+        lambda: unfold(wrapper),
+        lambda: save_folded(wrapper, tmp_path / "a", base={"id": "tiny"}),
+    ):
+        with pytest.raises(ValueError, match=r"model\.get_base_model\(\)"):
+            refused()
+    assert torch.equal(wrapper(ids).logits, before)
+    model = fold(wrapper.get_base_model(), policy)
+    for either in (wrapper, model):
+        assert torch.equal(either(ids).logits, before)
+        out = either.generate(input_ids=ids, max_new_tokens=3, return_dict_in_generate=True)
+        assert type(out.past_key_values).__name__ == "FoldedCache"
+
+
+def test_a_folded_model_can_be_wrapped():
+    ids = random_ids(1, 9)
+    wrapper = _wrapped(fold(tiny_model(), DMC(delay=2)))
+    assert torch.equal(wrapper(ids).logits, _wrapped(tiny_model())(ids).logits)
+    out = wrapper.generate(input_ids=ids, max_new_tokens=3, return_dict_in_generate=True)
+    assert type(out.past_key_values).__name__ == "FoldedCache"
+
+
+def test_what_is_no_model_of_transformers_is_refused():
+    with pytest.raises(ValueError, match=r"a transformers.PreTrainedModel is needed.*nn.*Linear"):
+        fold(torch.nn.Linear(2, 2), DMC())

@@ -28,6 +28,11 @@ _EXTRA = {
     "Gemma2": {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]},
     "Gemma3Text": {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]},
 }
+_SHARP = {
+    "Gemma2": {"attn_logit_softcapping": 1.5, "query_pre_attn_scalar": 2},
+    "Gemma3Text": {"query_pre_attn_scalar": 2},
+}
+"""Of the families whose scores have a scale or a cap of their own."""
 FAMILIES = sorted(_EXTRA)
 
 
@@ -37,6 +42,20 @@ def tiny_model(family: str = "Llama", **changes) -> nn.Module:
     name = "Gemma3ForCausalLM" if family == "Gemma3Text" else f"{family}ForCausalLM"
     torch.manual_seed(0)
     return getattr(transformers, name)(config).eval()
+
+
+def sharp_model(family: str) -> nn.Module:
+    """A model of which each detail of attention shows in the logits.
+
+    Large weights, so that attention is far from uniform; norms and biases that are no ones and
+    zeros; for Gemma a scale of its own, and for Gemma 2 a cap that bends most scores.
+    """
+    model = tiny_model(family, initializer_range=0.25, **_SHARP.get(family, {}))
+    generator = torch.Generator().manual_seed(2)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data += torch.randn(parameter.shape, generator=generator) * 0.3
+    return model
 
 
 def forbid_loading(monkeypatch: pytest.MonkeyPatch) -> None:
