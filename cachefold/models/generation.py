@@ -34,7 +34,8 @@ class FoldedCausalLM:
             kwargs: as the model's own takes them.
 
         Raises:
-            ValueError: a ratio or preset that this model does not serve, or one beside a cache.
+            ValueError: a ratio or preset that this model does not serve, one beside a cache, or
+                one without a cache to keep it.
         """
         if cr is not None or preset is not None:
             if kwargs.get("past_key_values") is not None:
@@ -57,6 +58,7 @@ class FoldedCausalLM:
             )
         cache = model_kwargs.get("past_key_values")
         check_cache(cache)
+        _check_cache_in_use(cache, generation_config.use_cache)
         if cache is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = new_cache(self)  # type: ignore[arg-type]
             return None
@@ -129,6 +131,17 @@ def _check_evicting(name: str, page_size: int, backend: str) -> None:
         )
 
 
+def _check_cache_in_use(cache: FoldedCache | None, use_cache: bool | None) -> None:
+    """Refuses a cache beside use_cache=False: transformers would feed it all the text each step."""
+    if cache is not None and use_cache is False:
+        raise ValueError(
+            "use_cache=False goes with no FoldedCache, be it past_key_values or the one that cr "
+            "and preset of generate() make: every step would add the whole text to it once more. "
+            "Leave use_cache=False out (model.generation_config.use_cache = True if it comes from "
+            "there), or leave past_key_values, cr and preset out"
+        )
+
+
 def _check_run(name: str, run: FoldRun) -> None:
     if run.mode in ("hard", "dense") and run.recorder is None:
         return
@@ -168,6 +181,7 @@ def supply_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
         _check_policy(policy, cache)
         check_dial(policy, model._cachefold_dial, cache.cr, cache.preset)
     use_cache = kwargs.get("use_cache")
+    _check_cache_in_use(cache, use_cache)
     if use_cache is None:
         # Only hard decisions can be carried out in a cache.
         use_cache = kwargs["use_cache"] = model.config.use_cache and run.mode == "hard"
