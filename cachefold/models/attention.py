@@ -22,6 +22,7 @@ from cachefold.core.merging import running_sizes, size_bias
 from cachefold.core.rotary import rotate
 from cachefold.core.tokens import Tokens
 from cachefold.models import families
+from cachefold.models.caches import check_cache
 from cachefold.models.evicting import EvictingAttention
 from cachefold.models.masks import valid_tokens
 from cachefold.models.run import FoldRun
@@ -194,20 +195,6 @@ def _can_step(layer: FoldedLayer, query: Tensor, new: Tokens, size_weight: Tenso
     if layer.codec is not None:
         tell(logging.INFO, "no steps in place: packed entries are unpacked before attention")
     return False
-
-
-def check_cache(cache: Any) -> None:
-    """Refuses a cache that a folded layer can't fill.
-
-    Raises:
-        ValueError: anything but None or a FoldedCache.
-    """
-    if cache is not None and not isinstance(cache, FoldedCache):
-        raise ValueError(
-            f"a folded model needs a FoldedCache, got {type(cache).__name__}; leave "
-            "past_key_values out, and generate() and forward() make one, or pass "
-            "cachefold.models.fold.new_cache(model)"
-        )
 
 
 def _folded_layer(cache: Any, layer_idx: int) -> Any:

@@ -80,6 +80,7 @@ def fold(model: PreTrainedModel, policy: Policy, codec: str | None = None) -> Pr
     state._cachefold_adapted = frozenset(adapted_modules(model))
     state._cachefold_policy, state._cachefold_codec = policy, codec
     state._cachefold_dial, state._cachefold_merged = Dial(), False
+    state._cachefold_layers = [layer.layer_idx for layer in full]
     for layer, decision in zip(full, decisions, strict=True):
         mix_in(layer, EvictingAttention if decision is None else FoldedAttention)
         layer.policy = policy
@@ -167,6 +168,7 @@ def unfold(model: PreTrainedModel) -> PreTrainedModel:
     mix_out(model)
     del state._cachefold_hook, state._cachefold_adapted, state._cachefold_merged
     del state._cachefold_policy, state._cachefold_codec, state._cachefold_dial
+    del state._cachefold_layers
     del state.config.cachefold
     return model
 

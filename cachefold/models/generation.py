@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from cachefold.attention.dispatch import check_name
 from cachefold.cache import FoldedCache
-from cachefold.models.attention import check_cache, folded_layers
+from cachefold.models.attention import folded_layers
+from cachefold.models.caches import check_cache, check_fits, fold_options
 from cachefold.models.dial import check_dial, with_position
 from cachefold.models.run import FoldRun
 from cachefold.policies.base import Policy
@@ -116,10 +117,8 @@ def new_cache(
             model.config, folded_layers=layers, max_bytes=max_bytes, evictor=policy, codec=codec
         )
     return FoldedCache(
-        model.config, folded_layers=layers, delay=policy.delay, window=policy.window,
-        page_size=page_size, max_bytes=max_bytes, backend=backend, codec=codec, cr=cr,
-        preset=preset, kv_heads=policy.kv_heads,
-        proportional=getattr(policy, "proportional", False),
+        model.config, folded_layers=layers, page_size=page_size, max_bytes=max_bytes,
+        backend=backend, codec=codec, cr=cr, preset=preset, **fold_options(policy),
     )  # fmt: skip
 
 
@@ -152,16 +151,6 @@ def _check_run(name: str, run: FoldRun) -> None:
     )
 
 
-def _check_policy(policy: Policy, cache: FoldedCache) -> None:
-    wanted = policy if isinstance(policy, BudgetPolicy) else None
-    if cache.evictor != wanted:
-        raise ValueError(
-            f"this cache was made for {cache.evictor or 'a policy that folds'}, but the model is "
-            f"folded with {policy}; leave past_key_values out, or pass "
-            "cachefold.models.fold.new_cache(model)"
-        )
-
-
 def supply_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Forward pre-hook: a call without a cache gets a folded one; other caches are refused."""
     run = kwargs.get("fold_run") or FoldRun()
@@ -178,7 +167,7 @@ def supply_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
         return None
     check_cache(cache)
     if cache is not None:
-        _check_policy(policy, cache)
+        check_fits(cache, policy, model._cachefold_layers)
         check_dial(policy, model._cachefold_dial, cache.cr, cache.preset)
     use_cache = kwargs.get("use_cache")
     _check_cache_in_use(cache, use_cache)

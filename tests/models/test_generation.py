@@ -51,9 +51,9 @@ def test_a_ratio_without_a_cache_to_keep_it_is_refused(options):
 def test_a_cache_that_is_not_to_be_used_is_refused(policy):
     model, ids = fold(tiny_model(), policy), random_ids(1, 9)
     cache = new_cache(model)
-    for call in (model, model.generate):
+    for call, options in ((model, {}), (model.generate, OPTIONS)):
         with pytest.raises(ValueError, match="use_cache=False goes with no FoldedCache"):
-            call(ids, use_cache=False, past_key_values=cache)
+            call(ids, use_cache=False, past_key_values=cache, **options)
     assert cache.get_seq_length() == 0
 
 
