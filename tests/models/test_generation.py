@@ -57,6 +57,14 @@ def test_a_cache_that_is_not_to_be_used_is_refused(policy):
     assert cache.get_seq_length() == 0
 
 
+def test_beams_from_a_short_prompt_in_inference_mode():
+    """transformers reorders the cache outside of it, before an entry is in pages."""
+    model, ids = fold(tiny_model(), DMC()), random_ids(1, 9)
+    want = model.generate(ids, num_beams=3, **OPTIONS)
+    with torch.inference_mode():
+        assert torch.equal(model.generate(ids, num_beams=3, **OPTIONS), want)
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
