@@ -6,11 +6,13 @@ watches its signature.
 
 from __future__ import annotations
 
+import logging
 from typing import Any, NoReturn
 
+import torch
 from transformers import PreTrainedModel
 
-from cachefold.attention.dispatch import check_name
+from cachefold.attention.dispatch import check_name, tell
 from cachefold.cache import FoldedCache
 from cachefold.models.attention import folded_layers
 from cachefold.models.caches import check_cache, check_fits, fold_options
@@ -151,6 +153,30 @@ def _check_run(name: str, run: FoldRun) -> None:
     )
 
 
+def _uses_cache(model: Any, run: FoldRun, cache: FoldedCache | None, asked: bool | None) -> bool:
+    """Whether a call fills a cache; `asked` is its use_cache."""
+    _check_cache_in_use(cache, asked)
+    training = model.training and torch.is_grad_enabled()
+    if asked is None:
+        # Only hard decisions can be carried out in a cache, and it would cut gradients off.
+        alone = run.mode == "hard" and not training and model.config.use_cache
+        asked = cache is not None or alone
+    if asked and run.mode != "hard":
+        raise ValueError(
+            f"fold_run mode {run.mode!r} has no cache to carry its decisions out in; leave "
+            "use_cache out or set it to False"
+        )
+    # What evicts reads its entries from a cache only in the next call.
+    cut = cache is not None or not isinstance(model._cachefold_policy, BudgetPolicy)
+    if asked and training and cut:
+        tell(
+            logging.WARNING,
+            "training with a folded cache: its entries carry no gradient, so that tokens get less "
+            "than all of theirs; leave past_key_values and use_cache=True out for whole gradients",
+        )
+    return asked
+
+
 def supply_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Forward pre-hook: a call without a cache gets a folded one; other caches are refused."""
     run = kwargs.get("fold_run") or FoldRun()
@@ -169,17 +195,8 @@ def supply_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     if cache is not None:
         check_fits(cache, policy, model._cachefold_layers)
         check_dial(policy, model._cachefold_dial, cache.cr, cache.preset)
-    use_cache = kwargs.get("use_cache")
-    _check_cache_in_use(cache, use_cache)
-    if use_cache is None:
-        # Only hard decisions can be carried out in a cache.
-        use_cache = kwargs["use_cache"] = model.config.use_cache and run.mode == "hard"
-    if use_cache and run.mode != "hard":
-        raise ValueError(
-            f"fold_run mode {run.mode!r} has no cache to carry its decisions out in; leave "
-            "use_cache out or set it to False"
-        )
-    if use_cache and cache is None:
+    kwargs["use_cache"] = _uses_cache(model, run, cache, kwargs.get("use_cache"))
+    if kwargs["use_cache"] and cache is None:
         cache = kwargs["past_key_values"] = new_cache(model)
     if not isinstance(policy, BudgetPolicy) and policy.max_cr and run.position is None:
         kwargs["fold_run"] = with_position(model, run, cache)
