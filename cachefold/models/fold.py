@@ -63,7 +63,7 @@ def fold(model: PreTrainedModel, policy: Policy, codec: str | None = None) -> Pr
     >>> config = LlamaConfig(
     ...     hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
     ...     vocab_size=10)
-    >>> model = fold(LlamaForCausalLM(config), DMC(cr=2))
+    >>> model = fold(LlamaForCausalLM(config).eval(), DMC(cr=2))
     >>> model(torch.tensor([[1, 2, 3]])).past_key_values.compression_ratio()  # fresh: no merge
     1.0
     """
