@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from cachefold.cache import FoldedCache
+from cachefold.cache import FoldedCache, FoldedLayer
+from cachefold.cache.evicting import EvictingLayer
 from cachefold.policies.base import LearnedPolicy, Policy
 from cachefold.policies.budget import BudgetPolicy
 
 _INSTEAD = (
-    "leave past_key_values out, and a call of the model and generate() make one, or pass "
-    "cachefold.models.fold.new_cache(model)"
+    "leave past_key_values out, or pass cachefold.models.fold.new_cache(model). Without one, "
+    "model(...) and generate() make it, but not model.forward(...) or model.model(...)"
 )
 
 
@@ -39,6 +40,50 @@ def check_cache(cache: Any) -> None:
         raise ValueError(
             f"a folded model needs a FoldedCache, got {type(cache).__name__}; {_INSTEAD}"
         )
+
+
+def check_goes_on(mode: str, cache: Any) -> None:
+    """Refuses to go on with a folded cache in another mode than that of inference.
+
+    Args:
+        mode: of a `FoldRun`.
+        cache: of any kind, or None.
+
+    Raises:
+        ValueError: a FoldedCache, and not mode `hard`.
+    """
+    if mode != "hard" and isinstance(cache, FoldedCache):
+        raise ValueError(
+            f"fold_run mode {mode!r} can't go on with a FoldedCache, which carries out hard "
+            'decisions; leave past_key_values out, or use FoldRun(mode="hard")'
+        )
+
+
+def layer_of(cache: Any, policy: Policy, index: int) -> Any:
+    """The layer of a cache that a folded layer goes on with; None without a cache.
+
+    It checks what a call of the model checks before, as `model.forward` does without.
+
+    Args:
+        cache: given to the layer.
+        policy: of the layer.
+        index: of the layer.
+
+    Raises:
+        ValueError: another cache than a folded layer of this policy can fill.
+    """
+    check_cache(cache)
+    if cache is None:
+        return None
+    layer = cache.layers[index]
+    if isinstance(policy, BudgetPolicy):
+        fits = isinstance(layer, EvictingLayer) and layer.evictor == policy
+    else:
+        options = (policy.delay, policy.window)
+        fits = isinstance(layer, FoldedLayer) and (layer.delay, layer.window) == options
+    if not fits:
+        check_fits(cache, policy, sorted({*cache.folded_layers, index}))
+    return layer
 
 
 def check_fits(cache: FoldedCache, policy: Policy, layers: list[int]) -> None:

@@ -6,6 +6,8 @@ watches its signature.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import logging
 from typing import Any, NoReturn
 
@@ -15,9 +17,9 @@ from transformers import PreTrainedModel
 from cachefold.attention.dispatch import check_name, tell
 from cachefold.cache import FoldedCache
 from cachefold.models.attention import folded_layers
-from cachefold.models.caches import check_cache, check_fits, fold_options
+from cachefold.models.caches import check_cache, check_fits, check_goes_on, fold_options
 from cachefold.models.dial import check_dial, with_position
-from cachefold.models.run import FoldRun
+from cachefold.models.run import FoldRun, check_evicting_run
 from cachefold.policies.base import Policy
 from cachefold.policies.budget import BudgetPolicy
 
@@ -143,16 +145,6 @@ def _check_cache_in_use(cache: FoldedCache | None, use_cache: bool | None) -> No
         )
 
 
-def _check_run(name: str, run: FoldRun) -> None:
-    if run.mode in ("hard", "dense") and run.recorder is None:
-        return
-    asked = "a recorder" if run.recorder is not None else f"mode {run.mode!r}"
-    raise ValueError(
-        f"fold_run asks for {asked}, but {name} learns nothing and takes no decisions of that "
-        'kind; use mode "hard" (which evicts) or "dense", and read what was kept from the cache'
-    )
-
-
 def _uses_cache(model: Any, run: FoldRun, cache: FoldedCache | None, asked: bool | None) -> bool:
     """Whether a call fills a cache; `asked` is its use_cache."""
     _check_cache_in_use(cache, asked)
@@ -179,18 +171,15 @@ def _uses_cache(model: Any, run: FoldRun, cache: FoldedCache | None, asked: bool
 
 def supply_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Forward pre-hook: a call without a cache gets a folded one; other caches are refused."""
+    args, kwargs = _named(type(model), args, kwargs)
     run = kwargs.get("fold_run") or FoldRun()
     cache = kwargs.get("past_key_values")
     policy = model._cachefold_policy
     if isinstance(policy, BudgetPolicy):
-        _check_run(policy.name, run)
-    if run.mode != "hard" and isinstance(cache, FoldedCache):
-        raise ValueError(
-            f"fold_run mode {run.mode!r} can't go on with a FoldedCache, which carries out hard "
-            'decisions; leave past_key_values out, or use FoldRun(mode="hard")'
-        )
+        check_evicting_run(policy.name, run)
+    check_goes_on(run.mode, cache)
     if run.mode == "dense":
-        return None
+        return args, kwargs
     check_cache(cache)
     if cache is not None:
         check_fits(cache, policy, model._cachefold_layers)
@@ -201,3 +190,23 @@ def supply_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     if not isinstance(policy, BudgetPolicy) and policy.max_cr and run.position is None:
         kwargs["fold_run"] = with_position(model, run, cache)
     return args, kwargs
+
+
+def _named(
+    kind: type, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call with names for what comes after the first, such as a cache."""
+    if len(args) < 2:
+        return args, kwargs
+    named = dict(zip(_parameters(kind)[1 : len(args)], args[1:], strict=False))
+    if len(named) < len(args) - 1 or named.keys() & kwargs.keys():
+        return args, kwargs  # the model itself says what is wrong with them
+    return args[:1], named | kwargs
+
+
+@functools.cache
+def _parameters(kind: type) -> list[str]:
+    """Names of the positional arguments of the forward of a model, in order."""
+    forward: Any = kind
+    parameters = list(inspect.signature(forward.forward).parameters.values())[1:]
+    return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]

@@ -193,6 +193,10 @@ def test_packed_texts_are_refused():
     positions = torch.tensor([[*range(5), *range(7)]])
     with pytest.raises(ValueError, match="several texts packed in one row"):
         model(ids, position_ids=positions, use_cache=False)
+    bounds = torch.tensor([0, 5, 12], dtype=torch.int32)
+    for folded_model in (model, fold(tiny_model(), TOVA(budget=4))):
+        with pytest.raises(ValueError, match="cu_seq_lens_q packs several texts"):
+            folded_model(ids, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds)
 
 
 def test_save_pretrained_is_refused_while_folded(tmp_path):
