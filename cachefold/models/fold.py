@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from cachefold.attention.dispatch import tell
 from cachefold.cache.codecs import get_codec
 from cachefold.core.dial import Dial
 from cachefold.models import families
@@ -93,7 +94,7 @@ def fold(model: PreTrainedModel, policy: Policy, codec: str | None = None) -> Pr
 
 
 def _foldable(model: PreTrainedModel) -> list[Any]:
-    """The attention layers to fold; says which stay dense."""
+    """The attention layers to fold; says which stay dense, and what they will not heed."""
     layers = families.attention_layers(model)
     full = [layer for layer in layers if families.is_full_attention(layer)]
     if not full:
@@ -108,6 +109,13 @@ def _foldable(model: PreTrainedModel) -> list[Any]:
             "%d of %d layers use a sliding window and stay dense; folding the other %d",
             len(layers) - len(full), len(layers), len(full),
         )  # fmt: skip
+    dropout = getattr(model.config, "attention_dropout", 0.0)
+    if dropout:
+        tell(
+            logging.WARNING,
+            f"attention_dropout={dropout:g} is not applied in folded layers, in training either; "
+            "model.config.attention_dropout = 0.0 says the same",
+        )
     return full
 
 

@@ -71,7 +71,7 @@ def check_options(options: Mapping[str, Any]) -> None:
         options: of a forward pass, by name.
 
     Raises:
-        ValueError: texts packed in one row.
+        ValueError: texts packed in one row, or attention weights asked for.
 
     >>> check_options({"cu_seq_lens_q": None})
     """
@@ -79,4 +79,11 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise ValueError(
             "cu_seq_lens_q packs several texts in one row, which a folded layer can't keep apart; "
             "leave it out and give every text a row of its own, with padding"
+        )
+    if options.get("output_attentions"):
+        raise ValueError(
+            "output_attentions=True: a folded layer gives no attention weights, as what it attends "
+            "to are not the tokens. Leave it out (model.config.output_attentions = False if it "
+            "comes from there); FoldRun(recorder={}) records the decisions of a learned policy, "
+            'and FoldRun(mode="dense") gives the weights without folding'
         )

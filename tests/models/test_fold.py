@@ -263,3 +263,26 @@ def test_gradients_that_a_cache_cuts_off_are_told(caplog):
         caplog.clear()
         assert not torch.allclose(_gradient(model, ids, **options), whole, rtol=0.05)
         assert "its entries carry no gradient" in caplog.text
+
+
+@pytest.mark.parametrize("policy", [DMC(delay=2), TOVA(budget=8)])
+def test_attention_weights_are_refused_but_of_the_dense_model(policy):
+    model, ids = fold(tiny_model(attn_implementation="eager"), policy), random_ids(2, 24)
+    options = {"output_attentions": True}
+    for call in (model, model.forward, model.generate):
+        with pytest.raises(ValueError, match=r"output_attentions=True.*recorder.*mode=\"dense\""):
+            call(ids, **options, **({"use_cache": False} if call != model.generate else {}))
+    weights = model(ids, fold_run=FoldRun(mode="dense"), **options).attentions
+    assert [tuple(layer.shape) for layer in weights] == [(2, 4, 24, 24)] * 2
+    model.config.output_attentions = True
+    with pytest.raises(ValueError, match="config.output_attentions = False"):
+        model(ids)
+
+
+def test_dropout_of_attention_that_is_not_applied_is_told_once(caplog):
+    dispatch.tell.cache_clear()
+    fold(tiny_model(), DMC())
+    assert "attention_dropout" not in caplog.text
+    for _ in range(2):
+        fold(tiny_model(attention_dropout=0.25), DMC())
+    assert caplog.text.count("attention_dropout=0.25 is not applied") == 1
