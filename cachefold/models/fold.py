@@ -18,7 +18,7 @@ from cachefold.models import families
 from cachefold.models.attention import FoldedAttention, folded_layers
 from cachefold.models.evicting import EvictingAttention
 from cachefold.models.generation import FoldedCausalLM, new_cache, supply_cache
-from cachefold.models.lora import adapted_modules, merge_lora, remove_lora
+from cachefold.models.lora import adapted_modules, check_unmerged, merge_lora, remove_lora
 from cachefold.models.mixing import mix_in, mix_out
 from cachefold.models.run import FoldRun
 from cachefold.policies.base import LearnedPolicy, Policy
@@ -212,24 +212,6 @@ def merge_weights(model: PreTrainedModel) -> PreTrainedModel:
     for index in folded_layers(model):
         families.join_projections(layers[index])
     return model
-
-
-def check_unmerged(model: PreTrainedModel, wish: str) -> None:
-    """Refuses a model whose adapters are merged.
-
-    Args:
-        model: folded.
-        wish: what it can't be any more.
-
-    Raises:
-        ValueError: they are merged.
-    """
-    state: Any = model
-    if state._cachefold_merged:
-        raise ValueError(
-            f"the adapters are merged into the weights, so that the model can't be {wish}; load "
-            "the base model again, and the artefact without merge=True"
-        )
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from cachefold.cache import FoldedCache
 from cachefold.models.attention import folded_layers
 from cachefold.models.caches import check_cache, check_fits, check_goes_on, fold_options
 from cachefold.models.dial import check_dial, with_position
+from cachefold.models.lora import check_unmerged
 from cachefold.models.run import FoldRun, check_evicting_run, check_options
 from cachefold.policies.base import Policy
 from cachefold.policies.budget import BudgetPolicy
@@ -179,6 +180,7 @@ def supply_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
         check_evicting_run(policy.name, run)
     check_goes_on(run.mode, cache)
     if run.mode == "dense":
+        check_unmerged(model, 'run in mode "dense"')
         return args, kwargs
     check_options({"output_attentions": model.config.output_attentions, **kwargs})
     check_cache(cache)

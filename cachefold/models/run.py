@@ -22,7 +22,9 @@ class FoldRun:
 
     mode: str = "hard"
     """`hard` (inference), `relaxed` (training), `append` (nothing merges and every token stays:
-    the zero-out stage of decision `neuron`) or `dense` (the original model)."""
+    the zero-out stage of decision `neuron`) or `dense` (attention unfolded, weights and adapters
+    as they are: the original model only where nothing but adapters was trained, and within
+    `models.lora.adapters_disabled`)."""
     temperature: float = 0.3
     """Of the relaxation."""
     relaxation: str = "gumbel"
