@@ -53,7 +53,9 @@ class Pool:
         self, page_size: int, width: int, dtype: torch.dtype, device: torch.device | str
     ) -> None:
         self.page_size = page_size
-        self.data = torch.empty(0, width, dtype=dtype, device=device)
+        # Entries are written to it in place, in whatever mode that happens.
+        with torch.inference_mode(False):
+            self.data = torch.empty(0, width, dtype=dtype, device=device)
         """(P, width); garbage where no entry was written."""
         self.free: list[int] = []
         """Pages without an owner; the last is taken first."""
@@ -111,7 +113,6 @@ class Pool:
             return
         old = self.data
         num_pages = len(old) + missing
-        # Entries are written to it in place, in whatever mode that happens.
         with torch.inference_mode(False):
             data = old.new_empty(num_pages, old.shape[1])
             data[: len(old)] = old

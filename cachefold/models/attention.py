@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,9 +23,10 @@ from cachefold.core.merging import running_sizes, size_bias
 from cachefold.core.rotary import rotate
 from cachefold.core.tokens import Tokens
 from cachefold.models import families
+from cachefold.models.caches import check_goes_on, layer_of
 from cachefold.models.evicting import EvictingAttention
 from cachefold.models.masks import valid_tokens
-from cachefold.models.run import FoldRun
+from cachefold.models.run import FoldRun, check_options
 from cachefold.policies.base import Decision, LearnedPolicy
 
 HARD = FoldRun()
@@ -47,21 +49,32 @@ class FoldedAttention:
     ) -> tuple[Tensor, Tensor | None]:
         """As the family's forward, with keys and values folded as the policy decides."""
         run = fold_run or HARD
+        check_goes_on(run.mode, past_key_values)
         original = functools.partial(
             super().forward, hidden_states, position_embeddings=position_embeddings,
             attention_mask=attention_mask, **kwargs,
         )  # fmt: skip
         if run.mode == "dense":
             return original(past_key_values=past_key_values)
+        check_options(kwargs)
         assert position_embeddings is not None
+        told = position_embeddings, attention_mask, past_key_values
+        return self._attend(hidden_states, *told, run, original)
+
+    def _attend(
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None, past_key_values: Any, run: FoldRun,
+        original: Callable[..., tuple[Tensor, Tensor | None]],
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """As `forward`, in every mode but `dense`; `original` is the forward of the family."""
         batch, count = hidden_states.shape[:2]
         valid = valid_tokens(attention_mask, batch, count, hidden_states.device)
         query, key, value = families.project(self, hidden_states)
         key, value = (pool_heads(x, self.policy.kv_heads) for x in (key, value))
-        layer = _folded_layer(past_key_values, self.layer_idx)
+        layer = layer_of(past_key_values, self.policy, self.layer_idx)
         fresh = layer is None or layer.get_seq_length() == 0
-        position = run.position or 0.0
-        logits, omega = self.policy.share(*self.decision(query, key, hidden_states, position))
+        decided = self.decision(query, key, hidden_states, self._position(run))
+        logits, omega = self.policy.share(*decided)
         alpha = self._alpha(logits, omega, run, valid if fresh else None)
         damp = Damping(self.decision.neuron, run.zero_out, key)
         size_weight = self.decision.size_weight
@@ -81,6 +94,18 @@ class FoldedAttention:
         if stream is None:
             return self._project_out(self._whole_text(query, tokens, damp, run)), None
         return self._project_out(self._with_cache(query, stream, past_key_values, damp)), None
+
+    def _position(self, run: FoldRun) -> float:
+        """Of the dial; refuses to guess it."""
+        if run.position is not None:
+            return run.position
+        if self.policy.max_cr is not None:
+            raise ValueError(
+                "this model has a dial, and no position of it arrived: model.forward(...) and "
+                "model.model(...), compiled or not, go past what sets it. Call model(...), or pass "
+                "fold_run=FoldRun(position=cachefold.models.dial.dial_position(model, cr=...))"
+            )
+        return 0.0
 
     def _alpha(self, logits: Tensor, omega: Tensor, run: FoldRun, valid: Tensor | None) -> Tensor:
         """(B, K, T) of the mode; with `valid` (B, T) the text starts here and is constrained."""
@@ -194,25 +219,6 @@ def _can_step(layer: FoldedLayer, query: Tensor, new: Tokens, size_weight: Tenso
     if layer.codec is not None:
         tell(logging.INFO, "no steps in place: packed entries are unpacked before attention")
     return False
-
-
-def check_cache(cache: Any) -> None:
-    """Refuses a cache that a folded layer can't fill.
-
-    Raises:
-        ValueError: anything but None or a FoldedCache.
-    """
-    if cache is not None and not isinstance(cache, FoldedCache):
-        raise ValueError(
-            f"a folded model needs a FoldedCache, got {type(cache).__name__}; leave "
-            "past_key_values out, and generate() and forward() make one, or pass "
-            "cachefold.models.fold.new_cache(model)"
-        )
-
-
-def _folded_layer(cache: Any, layer_idx: int) -> Any:
-    check_cache(cache)
-    return None if cache is None else cache.layers[layer_idx]
 
 
 def folded_layers(model: PreTrainedModel) -> list[int]:

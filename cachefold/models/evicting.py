@@ -18,8 +18,9 @@ from cachefold.cache.slots import Sight
 from cachefold.core.eviction import FREE, Arrivals, Evictor, Held, attend, evict
 from cachefold.core.rotary import rotate
 from cachefold.models import families
+from cachefold.models.caches import check_goes_on, layer_of
 from cachefold.models.masks import valid_tokens
-from cachefold.models.run import FoldRun
+from cachefold.models.run import FoldRun, check_evicting_run, check_options
 from cachefold.policies.budget import BudgetPolicy
 
 BLOCK = 128
@@ -41,11 +42,17 @@ class EvictingAttention:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """As the family's forward, over the entries that the policy keeps."""
+        if fold_run is not None:
+            check_evicting_run(self.policy.name, fold_run)
+            check_goes_on(fold_run.mode, past_key_values)
         if fold_run is not None and fold_run.mode == "dense":
             return super().forward(
                 hidden_states, position_embeddings=position_embeddings,
                 attention_mask=attention_mask, past_key_values=past_key_values, **kwargs,
             )  # fmt: skip
+        check_options(kwargs)
+        layer = layer_of(past_key_values, self.policy, self.layer_idx)
+        layer = EvictingLayer(self.policy, self.layer_idx) if layer is None else layer
         assert position_embeddings is not None
         batch, count = hidden_states.shape[:2]
         valid = None
@@ -55,10 +62,6 @@ class EvictingAttention:
         query, key = (rotate(x, *position_embeddings) for x in (query, key))
         if valid is not None:  # whatever stands at padding, NaN included, must not reach a sum
             key, value = (x.masked_fill(~valid[:, None, :, None], 0.0) for x in (key, value))
-        if past_key_values is None:
-            layer = EvictingLayer(self.policy, self.layer_idx)
-        else:
-            layer = past_key_values.layers[self.layer_idx]
         run = _step if count == 1 and layer.get_seq_length() else _blocks
         with layer.growing():
             new = layer.arrive(key, value, valid)

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from cachefold.attention.dispatch import tell
 from cachefold.cache.codecs import get_codec
 from cachefold.core.dial import Dial
 from cachefold.models import families
 from cachefold.models.attention import FoldedAttention, folded_layers
 from cachefold.models.evicting import EvictingAttention
 from cachefold.models.generation import FoldedCausalLM, new_cache, supply_cache
-from cachefold.models.lora import adapted_modules, merge_lora, remove_lora
+from cachefold.models.lora import adapted_modules, check_unmerged, merge_lora, remove_lora
 from cachefold.models.mixing import mix_in, mix_out
 from cachefold.models.run import FoldRun
 from cachefold.policies.base import LearnedPolicy, Policy
@@ -64,7 +65,7 @@ def fold(model: PreTrainedModel, policy: Policy, codec: str | None = None) -> Pr
     >>> config = LlamaConfig(
     ...     hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
     ...     vocab_size=10)
-    >>> model = fold(LlamaForCausalLM(config), DMC(cr=2))
+    >>> model = fold(LlamaForCausalLM(config).eval(), DMC(cr=2))
     >>> model(torch.tensor([[1, 2, 3]])).past_key_values.compression_ratio()  # fresh: no merge
     1.0
     """
@@ -83,6 +84,7 @@ def fold(model: PreTrainedModel, policy: Policy, codec: str | None = None) -> Pr
     state._cachefold_loaded = frozenset()
     state._cachefold_policy, state._cachefold_codec = policy, codec
     state._cachefold_dial, state._cachefold_merged = Dial(), False
+    state._cachefold_layers = [layer.layer_idx for layer in full]
     for layer, decision in zip(full, decisions, strict=True):
         mix_in(layer, EvictingAttention if decision is None else FoldedAttention)
         layer.policy = policy
@@ -95,7 +97,7 @@ def fold(model: PreTrainedModel, policy: Policy, codec: str | None = None) -> Pr
 
 
 def _foldable(model: PreTrainedModel) -> list[Any]:
-    """The attention layers to fold; says which stay dense."""
+    """The attention layers to fold; says which stay dense, and what they will not heed."""
     layers = families.attention_layers(model)
     full = [layer for layer in layers if families.is_full_attention(layer)]
     if not full:
@@ -110,6 +112,13 @@ def _foldable(model: PreTrainedModel) -> list[Any]:
             "%d of %d layers use a sliding window and stay dense; folding the other %d",
             len(layers) - len(full), len(layers), len(full),
         )  # fmt: skip
+    dropout = getattr(model.config, "attention_dropout", 0.0)
+    if dropout:
+        tell(
+            logging.WARNING,
+            f"attention_dropout={dropout:g} is not applied in folded layers, in training either; "
+            "model.config.attention_dropout = 0.0 says the same",
+        )
     return full
 
 
@@ -171,7 +180,7 @@ def unfold(model: PreTrainedModel) -> PreTrainedModel:
     mix_out(model)
     del state._cachefold_hook, state._cachefold_adapted, state._cachefold_merged
     del state._cachefold_policy, state._cachefold_codec, state._cachefold_dial
-    del state._cachefold_loaded
+    del state._cachefold_loaded, state._cachefold_layers
     del state.config.cachefold
     return model
 
@@ -207,24 +216,6 @@ def merge_weights(model: PreTrainedModel) -> PreTrainedModel:
     for index in folded_layers(model):
         families.join_projections(layers[index])
     return model
-
-
-def check_unmerged(model: PreTrainedModel, wish: str) -> None:
-    """Refuses a model whose adapters are merged.
-
-    Args:
-        model: folded.
-        wish: what it can't be any more.
-
-    Raises:
-        ValueError: they are merged.
-    """
-    state: Any = model
-    if state._cachefold_merged:
-        raise ValueError(
-            f"the adapters are merged into the weights, so that the model can't be {wish}; load "
-            "the base model again, and the artefact without merge=True"
-        )
 
 
 @contextmanager

@@ -6,15 +6,21 @@ watches its signature.
 
 from __future__ import annotations
 
+import functools
+import inspect
+import logging
 from typing import Any, NoReturn
 
+import torch
 from transformers import PreTrainedModel
 
-from cachefold.attention.dispatch import check_name
+from cachefold.attention.dispatch import check_name, tell
 from cachefold.cache import FoldedCache
-from cachefold.models.attention import check_cache, folded_layers
+from cachefold.models.attention import folded_layers
+from cachefold.models.caches import check_cache, check_fits, check_goes_on, fold_options
 from cachefold.models.dial import check_dial, with_position
-from cachefold.models.run import FoldRun
+from cachefold.models.lora import check_unmerged
+from cachefold.models.run import FoldRun, check_evicting_run, check_options
 from cachefold.policies.base import Policy
 from cachefold.policies.budget import BudgetPolicy
 
@@ -34,7 +40,8 @@ class FoldedCausalLM:
             kwargs: as the model's own takes them.
 
         Raises:
-            ValueError: a ratio or preset that this model does not serve, or one beside a cache.
+            ValueError: a ratio or preset that this model does not serve, one beside a cache, or
+                one without a cache to keep it.
         """
         if cr is not None or preset is not None:
             if kwargs.get("past_key_values") is not None:
@@ -57,6 +64,7 @@ class FoldedCausalLM:
             )
         cache = model_kwargs.get("past_key_values")
         check_cache(cache)
+        _check_cache_in_use(cache, generation_config.use_cache)
         if cache is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = new_cache(self)  # type: ignore[arg-type]
             return None
@@ -114,10 +122,8 @@ def new_cache(
             model.config, folded_layers=layers, max_bytes=max_bytes, evictor=policy, codec=codec
         )
     return FoldedCache(
-        model.config, folded_layers=layers, delay=policy.delay, window=policy.window,
-        page_size=page_size, max_bytes=max_bytes, backend=backend, codec=codec, cr=cr,
-        preset=preset, kv_heads=policy.kv_heads,
-        proportional=getattr(policy, "proportional", False),
+        model.config, folded_layers=layers, page_size=page_size, max_bytes=max_bytes,
+        backend=backend, codec=codec, cr=cr, preset=preset, **fold_options(policy),
     )  # fmt: skip
 
 
@@ -129,55 +135,81 @@ def _check_evicting(name: str, page_size: int, backend: str) -> None:
         )
 
 
-def _check_run(name: str, run: FoldRun) -> None:
-    if run.mode in ("hard", "dense") and run.recorder is None:
-        return
-    asked = "a recorder" if run.recorder is not None else f"mode {run.mode!r}"
-    raise ValueError(
-        f"fold_run asks for {asked}, but {name} learns nothing and takes no decisions of that "
-        'kind; use mode "hard" (which evicts) or "dense", and read what was kept from the cache'
-    )
-
-
-def _check_policy(policy: Policy, cache: FoldedCache) -> None:
-    wanted = policy if isinstance(policy, BudgetPolicy) else None
-    if cache.evictor != wanted:
+def _check_cache_in_use(cache: FoldedCache | None, use_cache: bool | None) -> None:
+    """Refuses a cache beside use_cache=False: transformers would feed it all the text each step."""
+    if cache is not None and use_cache is False:
         raise ValueError(
-            f"this cache was made for {cache.evictor or 'a policy that folds'}, but the model is "
-            f"folded with {policy}; leave past_key_values out, or pass "
-            "cachefold.models.fold.new_cache(model)"
+            "use_cache=False goes with no FoldedCache, be it past_key_values or the one that cr "
+            "and preset of generate() make: every step would add the whole text to it once more. "
+            "Leave use_cache=False out (model.generation_config.use_cache = True if it comes from "
+            "there), or leave past_key_values, cr and preset out"
         )
 
 
-def supply_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Forward pre-hook: a call without a cache gets a folded one; other caches are refused."""
-    run = kwargs.get("fold_run") or FoldRun()
-    cache = kwargs.get("past_key_values")
-    policy = model._cachefold_policy
-    if isinstance(policy, BudgetPolicy):
-        _check_run(policy.name, run)
-    if run.mode != "hard" and isinstance(cache, FoldedCache):
-        raise ValueError(
-            f"fold_run mode {run.mode!r} can't go on with a FoldedCache, which carries out hard "
-            'decisions; leave past_key_values out, or use FoldRun(mode="hard")'
-        )
-    if run.mode == "dense":
-        return None
-    check_cache(cache)
-    if cache is not None:
-        _check_policy(policy, cache)
-        check_dial(policy, model._cachefold_dial, cache.cr, cache.preset)
-    use_cache = kwargs.get("use_cache")
-    if use_cache is None:
-        # Only hard decisions can be carried out in a cache.
-        use_cache = kwargs["use_cache"] = model.config.use_cache and run.mode == "hard"
-    if use_cache and run.mode != "hard":
+def _uses_cache(model: Any, run: FoldRun, cache: FoldedCache | None, asked: bool | None) -> bool:
+    """Whether a call fills a cache; `asked` is its use_cache."""
+    _check_cache_in_use(cache, asked)
+    training = model.training and torch.is_grad_enabled()
+    if asked is None:
+        # Only hard decisions can be carried out in a cache, and it would cut gradients off.
+        alone = run.mode == "hard" and not training and model.config.use_cache
+        asked = cache is not None or alone
+    if asked and run.mode != "hard":
         raise ValueError(
             f"fold_run mode {run.mode!r} has no cache to carry its decisions out in; leave "
             "use_cache out or set it to False"
         )
-    if use_cache and cache is None:
+    # What evicts reads its entries from a cache only in the next call.
+    cut = cache is not None or not isinstance(model._cachefold_policy, BudgetPolicy)
+    if asked and training and cut:
+        tell(
+            logging.WARNING,
+            "training with a folded cache: its entries carry no gradient, so that tokens get less "
+            "than all of theirs; leave past_key_values and use_cache=True out for whole gradients",
+        )
+    return asked
+
+
+def supply_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward pre-hook: a call without a cache gets a folded one; other caches are refused."""
+    args, kwargs = _named(type(model), args, kwargs)
+    run = kwargs.get("fold_run") or FoldRun()
+    cache = kwargs.get("past_key_values")
+    policy = model._cachefold_policy
+    if isinstance(policy, BudgetPolicy):
+        check_evicting_run(policy.name, run)
+    check_goes_on(run.mode, cache)
+    if run.mode == "dense":
+        check_unmerged(model, 'run in mode "dense"')
+        return args, kwargs
+    check_options({"output_attentions": model.config.output_attentions, **kwargs})
+    check_cache(cache)
+    if cache is not None:
+        check_fits(cache, policy, model._cachefold_layers)
+        check_dial(policy, model._cachefold_dial, cache.cr, cache.preset)
+    kwargs["use_cache"] = _uses_cache(model, run, cache, kwargs.get("use_cache"))
+    if kwargs["use_cache"] and cache is None:
         cache = kwargs["past_key_values"] = new_cache(model)
     if not isinstance(policy, BudgetPolicy) and policy.max_cr and run.position is None:
         kwargs["fold_run"] = with_position(model, run, cache)
     return args, kwargs
+
+
+def _named(
+    kind: type, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call with names for what comes after the first, such as a cache."""
+    if len(args) < 2:
+        return args, kwargs
+    named = dict(zip(_parameters(kind)[1 : len(args)], args[1:], strict=False))
+    if len(named) < len(args) - 1 or named.keys() & kwargs.keys():
+        return args, kwargs  # the model itself says what is wrong with them
+    return args[:1], named | kwargs
+
+
+@functools.cache
+def _parameters(kind: type) -> list[str]:
+    """Names of the positional arguments of the forward of a model, in order."""
+    forward: Any = kind
+    parameters = list(inspect.signature(forward.forward).parameters.values())[1:]
+    return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]

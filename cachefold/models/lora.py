@@ -107,3 +107,21 @@ def adapters_disabled(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
         # peft marks every active adapter trainable when it turns one on.
         for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)
+
+
+def check_unmerged(model: PreTrainedModel, wish: str) -> None:
+    """Refuses a model whose adapters are merged.
+
+    Args:
+        model: folded.
+        wish: what it can't be any more.
+
+    Raises:
+        ValueError: they are merged.
+    """
+    state: Any = model
+    if state._cachefold_merged:
+        raise ValueError(
+            f"the adapters are merged into the weights, so that the model can't be {wish}; load "
+            "the base model again, and the artefact without merge=True"
+        )

@@ -7,6 +7,11 @@ import functools
 import torch
 from torch import Tensor
 
+HIDES = -1e3
+"""What an additive mask hides gets this or less."""
+ROWS = 1024
+"""Rows of a mask that are checked at once, so that it takes little memory beside the mask."""
+
 
 def valid_tokens(
     attention_mask: Tensor | None, batch: int, tokens: int, device: torch.device
@@ -15,7 +20,8 @@ def valid_tokens(
 
     Args:
         attention_mask: None (no padding), (B, S) of 0/1, or (B, 1, T, S) bool or additive float:
-            the causal mask of the sdpa and eager paths, whose last row sees every real token.
+            the causal mask of the sdpa and eager paths, whose last row sees every real token. Of
+            that of one new token only its own column is looked at.
         batch: B.
         tokens: T, new tokens, the last T of the S columns.
         device: where the answer goes.
@@ -24,7 +30,8 @@ def valid_tokens(
         (B, T) bool, True at real tokens.
 
     Raises:
-        ValueError: a mask of another kind, or one that keeps several texts in a row apart.
+        ValueError: a mask of another kind, or one that is not causal, keeps several texts in a row
+            apart, or says anything else but what is padding.
     """
     if attention_mask is None:
         if torch.compiler.is_compiling():  # a graph sees through the cache of the next line
@@ -35,20 +42,46 @@ def valid_tokens(
             f"a folded layer can't read a {type(attention_mask).__name__} mask; load the model "
             'with attn_implementation="sdpa" or "eager"'
         )
-    new = attention_mask[..., -tokens:]
-    new = new > -1 if new.is_floating_point() else new.bool()
-    if new.dim() == 2:
-        return new.expand(batch, tokens)
-    valid = new[:, 0, -1]
-    if tokens > 1:
-        own = new[:, 0].diagonal(dim1=-2, dim2=-1)
-        if bool((own & ~valid).any()):
+    seen = attention_mask > -1 if attention_mask.is_floating_point() else attention_mask.bool()
+    if seen.dim() == 4:
+        if not _says_only_padding(attention_mask, seen, tokens):
             raise ValueError(
-                "the attention mask hides tokens from the last one that see themselves: several "
-                "texts packed in one row (position_ids that start again), which a folded layer "
-                "can't keep apart; give every text a row of its own, with padding"
+                "the attention mask says more than which tokens are padding: several texts packed "
+                "in one row (position_ids that start again), a prefix that sees what comes after "
+                "it, a hole, a bias or heads of their own, and a folded layer can't keep to that; "
+                "give every text a row of its own, with padding, and no other mask"
             )
-    return valid.expand(batch, tokens)
+        seen = seen[:, 0, -1]
+    return seen[..., -tokens:].expand(batch, tokens)
+
+
+def _says_only_padding(mask: Tensor, seen: Tensor, tokens: int) -> bool:
+    """Whether all rows of a mask follow from the last one, which sees every real token.
+
+    Args:
+        mask: (B, 1, T, S) bool or additive.
+        seen: the same as bool.
+        tokens: T.
+    """
+    past = seen.shape[3] - tokens
+    if seen.shape[1:3] != (1, tokens) or past < 0:
+        return False
+    if tokens == 1:  # a look at the device at every step would cost more than it tells
+        return True
+    last = seen[:, 0, -1:]
+    for start in range(0, tokens, ROWS):
+        part, added = (x[:, 0, start : start + ROWS] for x in (seen, mask))
+        first = past + start
+        causal = part.new_ones(part.shape[1:]).tril(first)
+        # Padding may see anything but itself: a token that does is real.
+        real = last[:, 0, first : first + part.shape[1]] | part.diagonal(first, -2, -1)
+        odd = part ^ (last & causal)
+        if mask.is_floating_point():
+            odd = odd | ((added != 0) & ~(added <= HIDES))
+        # Bytes have a fast maximum, unlike bools: all layers look at all of the mask.
+        if bool((odd.view(torch.uint8).amax(-1) * real).any()):
+            return False
+    return True
 
 
 # Every layer asks in every step.

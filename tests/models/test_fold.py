@@ -9,7 +9,8 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_submodules
 from transformers import DynamicCache
 
-from cachefold import DMC, FoldedCache, FoldRun, fold, folded, is_folded, unfold
+from cachefold import DMC, TOVA, FoldedCache, FoldRun, fold, folded, is_folded, unfold
+from cachefold.attention import dispatch
 from cachefold.core.accounting import entries_kept
 from cachefold.models.fold import folded_layers, new_cache
 from tests.models.tiny import FAMILIES, random_ids, scramble_decisions, tiny_model
@@ -192,6 +193,10 @@ def test_packed_texts_are_refused():
     positions = torch.tensor([[*range(5), *range(7)]])
     with pytest.raises(ValueError, match="several texts packed in one row"):
         model(ids, position_ids=positions, use_cache=False)
+    bounds = torch.tensor([0, 5, 12], dtype=torch.int32)
+    for folded_model in (model, fold(tiny_model(), TOVA(budget=4))):
+        with pytest.raises(ValueError, match="cu_seq_lens_q packs several texts"):
+            folded_model(ids, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds)
 
 
 def test_save_pretrained_is_refused_while_folded(tmp_path):
@@ -228,3 +233,56 @@ def test_training_reaches_decisions_and_omega():
     for layer in model.model.layers:
         gradient = layer.self_attn.decision.weight.grad
         assert gradient.isfinite().all() and (gradient.abs().sum(-1) > 0).all()
+
+
+def _gradient(model, ids, **options):
+    model.zero_grad()
+    model(ids, labels=ids, **options).loss.backward()
+    return model.model.layers[0].self_attn.k_proj.weight.grad.clone()
+
+
+@pytest.mark.parametrize("policy", [DMC(delay=2), TOVA(budget=8)])
+def test_training_with_hard_decisions_makes_no_cache_that_cuts_gradients(policy, caplog):
+    model, ids = fold(tiny_model(), policy), random_ids(2, 24)
+    scramble_decisions(model)
+    model.train()
+    dispatch.tell.cache_clear()
+    whole = _gradient(model, ids, use_cache=False)
+    assert torch.equal(_gradient(model, ids), whole) and not caplog.records
+    with torch.no_grad():
+        assert isinstance(model(ids).past_key_values, FoldedCache)
+    assert isinstance(model.eval()(ids).past_key_values, FoldedCache) and not caplog.records
+
+
+def test_gradients_that_a_cache_cuts_off_are_told(caplog):
+    model, ids = fold(tiny_model(), DMC(delay=2)), random_ids(2, 24)
+    scramble_decisions(model)
+    whole = _gradient(model.train(), ids)
+    for options in ({"use_cache": True}, {"past_key_values": new_cache(model)}):
+        dispatch.tell.cache_clear()
+        caplog.clear()
+        assert not torch.allclose(_gradient(model, ids, **options), whole, rtol=0.05)
+        assert "its entries carry no gradient" in caplog.text
+
+
+@pytest.mark.parametrize("policy", [DMC(delay=2), TOVA(budget=8)])
+def test_attention_weights_are_refused_but_of_the_dense_model(policy):
+    model, ids = fold(tiny_model(attn_implementation="eager"), policy), random_ids(2, 24)
+    options = {"output_attentions": True}
+    for call in (model, model.forward, model.generate):
+        with pytest.raises(ValueError, match=r"output_attentions=True.*recorder.*mode=\"dense\""):
+            call(ids, **options, **({"use_cache": False} if call != model.generate else {}))
+    weights = model(ids, fold_run=FoldRun(mode="dense"), **options).attentions
+    assert [tuple(layer.shape) for layer in weights] == [(2, 4, 24, 24)] * 2
+    model.config.output_attentions = True
+    with pytest.raises(ValueError, match="config.output_attentions = False"):
+        model(ids)
+
+
+def test_dropout_of_attention_that_is_not_applied_is_told_once(caplog):
+    dispatch.tell.cache_clear()
+    fold(tiny_model(), DMC())
+    assert "attention_dropout" not in caplog.text
+    for _ in range(2):
+        fold(tiny_model(attention_dropout=0.25), DMC())
+    assert caplog.text.count("attention_dropout=0.25 is not applied") == 1

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaForCausalLM
 
-from cachefold import DMC, FoldedCache, fold, unfold
+from cachefold import DMC, TOVA, FoldedCache, fold, unfold
 from cachefold.models.fold import new_cache
 from tests.models.tiny import random_ids, scramble_decisions, tiny_model
 
@@ -28,6 +28,41 @@ def test_generate_makes_a_folded_cache_unless_told_to_use_none():
     plain = model.generate(ids, use_cache=False, return_dict_in_generate=True, **OPTIONS)
     assert plain.past_key_values is None
     assert torch.equal(plain.sequences, cached.sequences)
+
+
+def _dialled():
+    model = fold(tiny_model(), DMC(cr=2, max_cr=8, delay=2))
+    scramble_decisions(model)
+    return model
+
+
+@pytest.mark.parametrize("options", [{"cr": 4.0}, {"preset": "bulk"}])
+def test_a_ratio_without_a_cache_to_keep_it_is_refused(options):
+    model, ids = _dialled(), random_ids(1, 9)
+    with pytest.raises(ValueError, match=r"cr and preset of generate\(\)"):
+        model.generate(ids, use_cache=False, **options, **OPTIONS)
+    model.generation_config.use_cache = False
+    with pytest.raises(ValueError, match="generation_config.use_cache = True"):
+        model.generate(ids, **options, **OPTIONS)
+    assert model.generate(ids, use_cache=True, **options, **OPTIONS).shape == (1, 13)
+
+
+@pytest.mark.parametrize("policy", [DMC(delay=2), TOVA(budget=6)])
+def test_a_cache_that_is_not_to_be_used_is_refused(policy):
+    model, ids = fold(tiny_model(), policy), random_ids(1, 9)
+    cache = new_cache(model)
+    for call, options in ((model, {}), (model.generate, OPTIONS)):
+        with pytest.raises(ValueError, match="use_cache=False goes with no FoldedCache"):
+            call(ids, use_cache=False, past_key_values=cache, **options)
+    assert cache.get_seq_length() == 0
+
+
+def test_beams_from_a_short_prompt_in_inference_mode():
+    """transformers reorders the cache outside of it, before an entry is in pages."""
+    model, ids = fold(tiny_model(), DMC()), random_ids(1, 9)
+    want = model.generate(ids, num_beams=3, **OPTIONS)
+    with torch.inference_mode():
+        assert torch.equal(model.generate(ids, num_beams=3, **OPTIONS), want)
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,16 @@ def test_a_merged_model_has_no_dense_self_to_be_compared_with():
     model = merge_weights(_trained())
     with pytest.raises(ValueError, match="compared with its dense self"):
         heldout_loss(model, None, [])
+    with pytest.raises(ValueError, match='can\'t be run in mode "dense"'):
+        model(random_ids(1, 9), fold_run=FoldRun(mode="dense"))
+
+
+def test_mode_dense_is_the_original_model_only_without_adapters():
+    model, ids = _trained(), random_ids(1, 9)
+    dense, original = FoldRun(mode="dense"), tiny_model()(ids).logits
+    assert not torch.allclose(model(ids, fold_run=dense).logits, original, atol=1e-3)
+    with adapters_disabled(model):
+        assert torch.equal(model(ids, fold_run=dense).logits, original)
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3", "Phi3"])

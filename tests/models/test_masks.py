@@ -35,6 +35,56 @@ def test_no_mask_means_no_padding():
     assert valid_tokens(None, 2, 4, CPU).all()
 
 
+def _prefix(mask):
+    mask[:, :, :2, -4:-2] = True
+
+
+def _hole(mask):
+    mask[:, :, 2, -4] = False
+
+
+def _hole_before(mask):
+    mask[:, :, 1, -4] = False
+
+
+def _blind(mask):
+    mask[:, :, 1, -3] = False
+
+
+@pytest.mark.parametrize("rows", [1, 3, 1024])
+@pytest.mark.parametrize("change", [_prefix, _hole, _hole_before, _blind])
+@pytest.mark.parametrize("past", [0, 1])
+def test_masks_that_say_more_than_what_is_padding_are_refused(change, past, rows, monkeypatch):
+    monkeypatch.setattr("cachefold.models.masks.ROWS", rows)
+    mask = _causal(torch.ones(2, 4, dtype=torch.bool))
+    mask = torch.cat([mask[..., :past] | True, mask], -1)
+    assert valid_tokens(mask, 2, 4, CPU).all()
+    change(mask)
+    for kind in (mask, torch.where(mask, 0.0, -torch.inf)):
+        with pytest.raises(ValueError, match="says more than which tokens are padding"):
+            valid_tokens(kind, 2, 4, CPU)
+
+
+def test_a_hole_in_the_past_a_bias_and_other_shapes_are_refused():
+    mask = _causal(VALID)
+    past = torch.cat([mask[..., :1] | True, mask], -1)
+    past[:, :, 2, 0] = False
+    bias = torch.where(mask, 0.0, -torch.inf)
+    bias[:, :, 3, 2] = -0.5
+    of_heads, one_row = mask.expand(-1, 2, -1, -1), VALID[:, None, None]
+    for odd in (past, bias, of_heads, one_row, mask[..., 1:]):
+        with pytest.raises(ValueError, match="no other mask"):
+            valid_tokens(odd, 2, 4, CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("hidden", [-1e4, -torch.inf])
+def test_additive_masks_hide_by_any_large_number(dtype, hidden):
+    mask = torch.where(_causal(VALID), 0.0, hidden).to(dtype)
+    assert torch.equal(valid_tokens(mask, 2, 4, CPU), VALID)
+    assert torch.equal(valid_tokens(mask[:, :, 2:3, :3], 2, 1, CPU), VALID[:, 2:3])
+
+
 def test_packed_rows_are_refused():
     text = torch.tensor([0, 0, 1, 1])
     mask = (_causal(torch.ones(1, 4, dtype=torch.bool))) & (text[:, None] == text)

@@ -215,6 +215,24 @@ def test_whatever_stands_at_padding_does_not_reach_later_steps(backend):
     assert torch.equal(logits[0][real], logits[1][real])
 
 
+@pytest.mark.parametrize(
+    ("count", "options"), [(9, {}), (9, {"backend": "reference"}), (30, {"codec": "int4"})]
+)
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_a_short_prompt_in_inference_mode_goes_on_outside_of_it(count, options, repeats):
+    """Nothing is in pages yet: what comes after the prompt writes to them in place."""
+    model, ids = folded(delay=16), random_ids(1, 80)
+    cache = new_cache(model, **options)
+    with torch.inference_mode():
+        model(ids[:, :count], past_key_values=cache)
+    if repeats > 1:
+        cache.batch_repeat_interleave(repeats)
+    rows = ids.expand(repeats, -1)
+    got = feed(model, rows[:, count:], range(81 - count), cache)
+    want = feed(model, rows, [0, *range(count, 81)], new_cache(model, **options))
+    torch.testing.assert_close(got, want[:, count:], **CLOSE)
+
+
 @pytest.mark.parametrize("delay", [0, 4])
 def test_weights_of_sizes_get_finite_gradients_with_a_cache(delay):
     """Where no entry is open yet as well. Entries in pages carry none, so that they are others."""
