@@ -70,6 +70,14 @@ def find_recipe(word: Path) -> Path:
     )
 
 
+def recipe_name(recipe: Path) -> str | None:
+    """What a recipe is called in its folder of recipes; None where it lies in none."""
+    for folder in (RECIPES, REPOSITORY / RECIPES):
+        if recipe.resolve().is_relative_to(folder.resolve()):
+            return recipe.resolve().relative_to(folder.resolve()).with_suffix("").as_posix()
+    return None
+
+
 def _all(*patterns: str) -> dict[Path, Path]:
     """Files here and beside the code, by their relative paths in order."""
     found: dict[Path, Path] = {}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cachefold.cli._places import ARTEFACTS, RECIPES, REPOSITORY, find, find_recipe
+from cachefold.cli._places import ARTEFACTS, RECIPES, find, find_recipe, recipe_name
 from cachefold.writable import check_writable
 
 if TYPE_CHECKING:
@@ -59,14 +59,13 @@ def run(
 def _find(name: str) -> tuple[Path, str]:
     """A recipe, and its name in the folder of recipes: a result of it may be shipped."""
     recipe = find_recipe(Path(name))
-    for folder in {RECIPES, find(RECIPES), REPOSITORY / RECIPES}:
-        if recipe.resolve().is_relative_to(folder.resolve()):
-            own = recipe.resolve().relative_to(folder.resolve())
-            return recipe, own.with_suffix("").as_posix()
-    raise ValueError(
-        f"{name} is not in {RECIPES}, so that nothing is recorded of it; `cachefold retrofit "
-        f"{name}` trains it"
-    )
+    own = recipe_name(recipe)
+    if own is None:
+        raise ValueError(
+            f"{name} is not in {RECIPES}, so that nothing is recorded of it; `cachefold retrofit "
+            f"{name}` trains it"
+        )
+    return recipe, own
 
 
 def _check_changes(overrides: list[str], shipped: bool, out: Path | None) -> None:
