@@ -15,14 +15,14 @@ from transformers import PreTrainedModel
 
 from cachefold.evaluation import measure, report
 from cachefold.evaluation.batches import SMALLER_BATCHES, is_memory_error
-from cachefold.evaluation.methods import Method, applied, digest
+from cachefold.evaluation.methods import Method, applied
 from cachefold.evaluation.rows import Parts, rows
 from cachefold.evaluation.runner import TasksFailed, run_tasks
 from cachefold.evaluation.settings import EvalSettings
 from cachefold.evaluation.store import claim, kept
 from cachefold.evaluation.subject import Subject
 from cachefold.evaluation.task import get_task
-from cachefold.models.hub import fits_revision, read_config
+from cachefold.models.hub import file_digest, fits_revision, read_config
 from cachefold.writable import check_writable
 from cachefold.zoo import base_config, base_revision, load_base
 
@@ -106,7 +106,7 @@ class Comparison:
         facts = settings | {
             "revision": base_revision(self.settings.model, model),
             "cachefold": self.report["environment"]["cachefold"],
-            "heldout": {file.name: digest(file) for file in self.files},
+            "heldout": {file.name: file_digest(file) for file in self.files},
         }
         claim(self.out / "settings.json", facts, "results")
         self.report["revision"] = facts["revision"]

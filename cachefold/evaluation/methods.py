@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel
 
 from cachefold.core.dial import DEFAULT_PRESET, Dial
 from cachefold.models.fold import folded, unfold
-from cachefold.models.hub import WEIGHTS, load_folded, read_config
+from cachefold.models.hub import WEIGHTS, file_digest, load_folded, read_config
 from cachefold.policies import get_policy, policy_class
 from cachefold.policies.base import Policy
 from cachefold.policies.budget import BudgetPolicy
@@ -48,7 +47,7 @@ class Method:
 
     def facts(self) -> dict[str, Any]:
         """What the method is, for reports and for telling stored results apart."""
-        weights = None if self.artefact is None else digest(self.artefact / WEIGHTS)
+        weights = None if self.artefact is None else file_digest(self.artefact / WEIGHTS)
         found: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         found["artefact"] = None if self.artefact is None else str(self.artefact)
         return found | {"weights": weights, "position": self._position()}
@@ -59,12 +58,6 @@ class Method:
             return None
         tables = read_config(self.artefact).get("dial", {})
         return Dial(tables, DEFAULT_PRESET).position(self.cr)
-
-
-def digest(path: Path) -> str:
-    """Tells a file from another version of it: 16 hex digits of its SHA-256."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 @contextmanager

@@ -68,7 +68,9 @@ class FoldedAttention:
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """As `forward`, in every mode but `dense`; `original` is the forward of the family."""
         batch, count = hidden_states.shape[:2]
-        valid = valid_tokens(attention_mask, batch, count, hidden_states.device)
+        valid = valid_tokens(
+            attention_mask, batch, count, hidden_states.device, check=self.checks_mask
+        )
         query, key, value = families.project(self, hidden_states)
         key, value = (pool_heads(x, self.policy.kv_heads) for x in (key, value))
         layer = layer_of(past_key_values, self.policy, self.layer_idx)

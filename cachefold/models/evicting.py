@@ -57,7 +57,9 @@ class EvictingAttention:
         batch, count = hidden_states.shape[:2]
         valid = None
         if attention_mask is not None:
-            valid = valid_tokens(attention_mask, batch, count, hidden_states.device)
+            valid = valid_tokens(
+                attention_mask, batch, count, hidden_states.device, check=self.checks_mask
+            )
         query, key, value = families.project(self, hidden_states)
         query, key = (rotate(x, *position_embeddings) for x in (query, key))
         if valid is not None:  # whatever stands at padding, NaN included, must not reach a sum

@@ -88,6 +88,7 @@ def fold(model: PreTrainedModel, policy: Policy, codec: str | None = None) -> Pr
     for layer, decision in zip(full, decisions, strict=True):
         mix_in(layer, EvictingAttention if decision is None else FoldedAttention)
         layer.policy = policy
+        layer.checks_mask = layer is full[0]
         if decision is not None:
             layer.decision = decision
     model.config.cachefold = policy.to_dict()
@@ -175,7 +176,7 @@ def unfold(model: PreTrainedModel) -> PreTrainedModel:
         if isinstance(attention, FoldedAttention):
             del attention.decision
         mix_out(attention)
-        del attention.policy
+        del attention.policy, attention.checks_mask
     state._cachefold_hook.remove()
     mix_out(model)
     del state._cachefold_hook, state._cachefold_adapted, state._cachefold_merged

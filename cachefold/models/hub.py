@@ -149,6 +149,12 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
+def file_digest(path: Path) -> str:
+    """Tells a file from another version of it: 16 hex digits of its SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
 def artefact_digest(folder: str | Path) -> str:
     """Tells an artefact from every other, and from itself with other weights or a new preset.
 
@@ -158,8 +164,7 @@ def artefact_digest(folder: str | Path) -> str:
     parts = []
     for name in (WEIGHTS, CONFIG):
         try:
-            with (Path(folder) / name).open("rb") as file:
-                parts.append(hashlib.file_digest(file, "sha256").hexdigest()[:16])
+            parts.append(file_digest(Path(folder) / name))
         except OSError as error:
             raise ValueError(f"{folder} is no artefact that can be measured: {error}") from error
     return "-".join(parts)

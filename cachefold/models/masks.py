@@ -14,8 +14,9 @@ ROWS = 1024
 
 
 def valid_tokens(
-    attention_mask: Tensor | None, batch: int, tokens: int, device: torch.device
-) -> Tensor:
+    attention_mask: Tensor | None, batch: int, tokens: int, device: torch.device,
+    *, check: bool = True,
+) -> Tensor:  # fmt: skip
     """Finds padding.
 
     Args:
@@ -25,6 +26,7 @@ def valid_tokens(
         batch: B.
         tokens: T, new tokens, the last T of the S columns.
         device: where the answer goes.
+        check: look at all of a mask; one layer is enough, as all get the same.
 
     Returns:
         (B, T) bool, True at real tokens.
@@ -42,35 +44,39 @@ def valid_tokens(
             f"a folded layer can't read a {type(attention_mask).__name__} mask; load the model "
             'with attn_implementation="sdpa" or "eager"'
         )
-    seen = attention_mask > -1 if attention_mask.is_floating_point() else attention_mask.bool()
-    if seen.dim() == 4:
-        if not _says_only_padding(attention_mask, seen, tokens):
+    if attention_mask.dim() == 4:
+        if check and not _says_only_padding(attention_mask, tokens):
             raise ValueError(
                 "the attention mask says more than which tokens are padding: several texts packed "
                 "in one row (position_ids that start again), a prefix that sees what comes after "
                 "it, a hole, a bias or heads of their own, and a folded layer can't keep to that; "
                 "give every text a row of its own, with padding, and no other mask"
             )
-        seen = seen[:, 0, -1]
-    return seen[..., -tokens:].expand(batch, tokens)
+        attention_mask = attention_mask[:, 0, -1]
+    return _sees(attention_mask[..., -tokens:]).expand(batch, tokens)
 
 
-def _says_only_padding(mask: Tensor, seen: Tensor, tokens: int) -> bool:
+def _sees(mask: Tensor) -> Tensor:
+    """A mask as bool."""
+    return mask > -1 if mask.is_floating_point() else mask.bool()
+
+
+def _says_only_padding(mask: Tensor, tokens: int) -> bool:
     """Whether all rows of a mask follow from the last one, which sees every real token.
 
     Args:
         mask: (B, 1, T, S) bool or additive.
-        seen: the same as bool.
         tokens: T.
     """
-    past = seen.shape[3] - tokens
-    if seen.shape[1:3] != (1, tokens) or past < 0:
+    past = mask.shape[3] - tokens
+    if mask.shape[1:3] != (1, tokens) or past < 0:
         return False
     if tokens == 1:  # a look at the device at every step would cost more than it tells
         return True
-    last = seen[:, 0, -1:]
+    last = _sees(mask[:, 0, -1:])
     for start in range(0, tokens, ROWS):
-        part, added = (x[:, 0, start : start + ROWS] for x in (seen, mask))
+        added = mask[:, 0, start : start + ROWS]
+        part = _sees(added)
         first = past + start
         causal = part.new_ones(part.shape[1:]).tril(first)
         # Padding may see anything but itself: a token that does is real.
@@ -78,7 +84,7 @@ def _says_only_padding(mask: Tensor, seen: Tensor, tokens: int) -> bool:
         odd = part ^ (last & causal)
         if mask.is_floating_point():
             odd = odd | ((added != 0) & ~(added <= HIDES))
-        # Bytes have a fast maximum, unlike bools: all layers look at all of the mask.
+        # Bytes have a fast maximum, unlike bools.
         if bool((odd.view(torch.uint8).amax(-1) * real).any()):
             return False
     return True

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from cachefold.evaluation import methods as module
-from cachefold.evaluation.methods import Method, applied, digest
+from cachefold.evaluation.methods import Method, applied
 from cachefold.evaluation.subject import Subject
 from cachefold.models.dial import turn_dial
 from cachefold.models.fold import fold, folded_layers, is_folded
-from cachefold.models.hub import save_folded
+from cachefold.models.hub import file_digest, save_folded
 from cachefold.models.lora import add_lora
 from cachefold.policies import DMC
 from tests.models.tiny import random_ids, scramble_decisions, tiny_model
@@ -91,11 +91,11 @@ def test_an_artefact_that_does_not_fit(artefact: Path) -> None:
 
 def test_weights_are_part_of_a_method(artefact: Path, tmp_path: Path) -> None:
     method = Method(name="x", policy="dmc", cr=2.0, artefact=artefact)
-    assert method.facts()["weights"] == digest(artefact / "cachefold.safetensors")
+    assert method.facts()["weights"] == file_digest(artefact / "cachefold.safetensors")
     (tmp_path / "a").write_text("one")
-    one = digest(tmp_path / "a")
+    one = file_digest(tmp_path / "a")
     (tmp_path / "a").write_text("two")
-    assert digest(tmp_path / "a") != one and len(one) == 16
+    assert file_digest(tmp_path / "a") != one and len(one) == 16
 
 
 def test_the_position_of_the_dial_is_part_of_a_method(tmp_path: Path) -> None:

@@ -10,7 +10,10 @@ import pytest
 import torch
 
 import cachefold.models
+from cachefold import DMC, TOVA, fold
+from cachefold.models import masks
 from cachefold.models.masks import valid_tokens
+from tests.models.tiny import random_ids, tiny_model
 
 CPU = torch.device("cpu")
 VALID = torch.tensor([[False, False, True, True], [True, True, True, False]])
@@ -91,6 +94,20 @@ def test_packed_rows_are_refused():
     for packed in (mask, torch.where(mask, 0.0, -1e9)):
         with pytest.raises(ValueError, match="a row of its own"):
             valid_tokens(packed, 1, 4, CPU)
+
+
+@pytest.mark.parametrize("policy", [DMC(delay=2), TOVA(budget=6)])
+def test_one_layer_looks_at_all_of_a_mask(policy, monkeypatch):
+    looked, whole = [], masks._says_only_padding
+    monkeypatch.setattr(masks, "_says_only_padding", lambda *a: looked.append(1) or whole(*a))
+    model, ids = fold(tiny_model(), policy), random_ids(2, 8)
+    padding = torch.ones_like(ids)
+    padding[1, :3] = 0
+    model(ids, attention_mask=padding)
+    assert len(looked) == 1 < model.config.num_hidden_layers
+    prefix = torch.ones(2, 1, 8, 8, dtype=torch.bool)
+    with pytest.raises(ValueError, match="a row of its own"):
+        model(ids, attention_mask=prefix)
 
 
 def test_other_masks_are_refused():
